@@ -1,0 +1,32 @@
+"""The hooks between core and plugins: a spec is an empty function whose docstring is the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pluggy
+from torch import nn
+
+if TYPE_CHECKING:
+    import typer
+
+    from offramp.backbone import Backbone
+
+hookspec = pluggy.HookspecMarker("offramp")
+hookimpl = pluggy.HookimplMarker("offramp")
+
+
+@hookspec
+def offramp_adapt(model: nn.Module) -> Backbone | None:  # type: ignore[empty-body]
+    """Return the backbone of `model`, or None when it is not yours; raise `UnsupportedModel` when it is yours but not understood."""
+
+
+@hookspec
+def offramp_commands(app: typer.Typer) -> None:
+    """Add commands to the `offramp` command line."""
+
+
+@hookspec
+def offramp_watch(loaded: Callable[[nn.Module], None]) -> Callable[[], None] | None:
+    """Call `loaded(model)` for every model your framework loads from now on; return the undo."""

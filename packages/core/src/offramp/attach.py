@@ -1,0 +1,179 @@
+"""Attach exit heads to a model, find them again, and take them off exactly."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from offramp import checkpoint
+from offramp._plugins import adapt
+from offramp._registry import lookup
+from offramp.backbone import Backbone
+from offramp.errors import BadArgument, DamagedFile, NotAttached, check_options
+from offramp.head import ExitHead
+
+#: where the heads live on the model, so that `.to()`, optimisers and PEFT see them, and where the record of them lives
+MODULE, RECORD = "exits", "_offramp_exits"
+
+
+class Exits:
+    """The heads attached to one model; a context manager that detaches on leaving."""
+
+    def __init__(self, model: nn.Module, backbone: Backbone, at: Sequence[int], head: str, config: dict[str, Any]) -> None:
+        self.model, self.backbone, self.head, self.config = model, backbone, head, dict(config)
+        #: depths of the exits, shallow first
+        self.at: tuple[int, ...] = tuple(at)
+        self._undo: Callable[[], None] | None = None
+
+    @property
+    def modules(self) -> nn.ModuleDict:
+        """The heads by depth, as they stand on the model."""
+        found = self.model.__dict__["_modules"].get(MODULE)
+        if self.model.__dict__.get(RECORD) is not self or found is None:
+            raise NotAttached("these exits are detached; attach again: offramp.attach(model, at=[...])")
+        return found  # type: ignore[no-any-return]
+
+    def __getitem__(self, depth: int) -> ExitHead:
+        """Return the head at `depth`; raises `BadArgument` naming the depths that have one."""
+        if depth not in self.at:
+            raise BadArgument(f"no exit at depth {depth}; exits are at {list(self.at)}")
+        return self.modules[str(depth)]  # type: ignore[return-value]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.at)
+
+    def __len__(self) -> int:
+        return len(self.at)
+
+    def __repr__(self) -> str:
+        return f"Exits({type(self.model).__name__}, at={list(self.at)}, head={self.head!r})"
+
+    def save(self, directory: str | Path) -> None:
+        """Write the exits directory: `exits.json`, weights in safetensors, and a PEFT adapter for LoRA heads."""
+        checkpoint.save(self, directory)
+
+    def detach(self) -> None:
+        """Take the heads off; disables a running policy first. Afterwards the model is exactly as before `attach`."""
+        if self.model.__dict__.get(RECORD) is not self:
+            return
+        run = self.model.__dict__.get("_offramp_run")
+        if run is not None:
+            run.disable()
+        if self._undo is not None:
+            self._undo()
+        self.model.__dict__["_modules"].pop(MODULE, None)
+        self.model.__dict__.pop(RECORD, None)
+
+    def __enter__(self) -> Exits:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.detach()
+
+
+def depths_from(at: int | float | Sequence[int | float], depth: int) -> tuple[int, ...]:
+    """Turn taps (ints, or fractions of the depth) into sorted depths; raises `BadArgument` outside 1 .. depth-1."""
+    wanted = list(at) if isinstance(at, (list, tuple, range)) else [at]
+    if not wanted:
+        raise BadArgument(f"at=[] names no tap; this model has taps 1 to {depth - 1}, e.g. at=[{max(1, depth // 2)}]")
+    found = []
+    for tap in wanted:
+        if isinstance(tap, bool) or not isinstance(tap, (int, float)):
+            raise BadArgument(f"tap {tap!r} is neither a number of blocks nor a fraction of the depth")
+        k = round(tap * depth) if isinstance(tap, float) and 0 < tap < 1 else tap
+        if not 1 <= k < depth or k != int(k):  # in this order: int() of NaN raises
+            raise BadArgument(
+                f"tap {tap} is outside the model: it has {depth} blocks, so an exit can be at 1 to {depth - 1} "
+                f"(or a fraction between 0 and 1); depth {depth} is the full model"
+            )
+        found.append(int(k))
+    if len(set(found)) != len(found):
+        raise BadArgument(f"at={wanted} names a depth twice ({sorted(found)})")
+    return tuple(sorted(found))
+
+
+def attach(model: nn.Module, at: int | float | Sequence[int | float], head: str = "tied", **config: Any) -> Exits:
+    """Attach one head per tap; the base weights are untouched and nothing is enabled.
+
+    at: depths (1 .. depth-1) or fractions of the depth. head: a name of `offramp.names(offramp.ExitHead)`; config: its
+    options. Heads live at `model.exits`. Raises `UnsupportedModel`, `BadArgument`, `UnknownName`, `NotAttached` (already
+    attached) and leaves the model unchanged then.
+    """
+    if RECORD in model.__dict__:
+        raise NotAttached(
+            f"{type(model).__name__} already has exits at {list(find(model).at)}; first: exits.detach(), or "
+            f"from offramp.attach import find; find(model).detach()"
+        )
+    if hasattr(model, MODULE):
+        raise NotAttached(f"{type(model).__name__} already has an attribute {MODULE!r} of its own; exits need that name")
+    backbone = adapt(model)
+    depths = depths_from(at, backbone.depth)
+    cls = lookup(ExitHead, head)
+    known = [n for n in inspect.signature(cls.build).parameters if n not in ("tap", "base")]
+    check_options(config, known, f"head {head!r}")
+    context, taps = backbone.context(), backbone.taps()
+    heads = nn.ModuleDict({str(k): cls.build(taps[k - 1], context, **config) for k in depths})
+    heads.train(model.training)
+    _like(heads, model)
+    exits = Exits(model, backbone, depths, head, config)
+    model.add_module(MODULE, heads)
+    model.__dict__[RECORD] = exits
+    try:
+        exits._undo = cls.attached(exits)
+    except BaseException:
+        exits.detach()
+        raise
+    return exits
+
+
+def _like(heads: nn.ModuleDict, model: nn.Module) -> None:
+    """Move freshly made weights to the model's device and floating type."""
+    first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    heads.to(device=first.device, dtype=first.dtype)
+
+
+def find(model: nn.Module) -> Exits:
+    """Return the exits on `model`; raises `NotAttached` with the line to write."""
+    exits = model.__dict__.get(RECORD)
+    if exits is None:
+        raise NotAttached(
+            f"{type(model).__name__} has no exits attached; first: offramp.attach(model, at=[...]) or "
+            f"offramp.load(model, directory)"
+        )
+    return exits  # type: ignore[no-any-return]
+
+
+def load(model: nn.Module, source: str | Path) -> Exits:
+    """Attach the exits that `exits.save(directory)` wrote; `source` is a directory or a model-hub id.
+
+    Checks format, digests, architecture, depth, width, vocabulary and every shape first; raises `DamagedFile` and leaves
+    the model unchanged when anything differs.
+    """
+    folder = Path(source)
+    if not folder.exists():
+        folder = _download(str(source))
+    body = checkpoint.read_index(folder)
+    if RECORD not in model.__dict__:
+        checkpoint.check_model(body, adapt(model).fingerprint(), folder)
+    exits = attach(model, body["at"], body["head"], **body["config"])
+    try:
+        checkpoint.restore(exits, folder)
+    except BaseException:
+        exits.detach()
+        raise
+    return exits
+
+
+def _download(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # no hub, no network, no such id: one answer
+        raise DamagedFile(f"{name!r} is neither a directory nor a hub id that can be fetched: {error}") from error

@@ -1,0 +1,246 @@
+"""The one hook on a block: skip it, capture its state, inject another, or run only some rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.errors import BadArgument, UnsupportedModel
+
+Path = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """Facts about how a block is called, as data.
+
+    argument, place: keyword name and position of the hidden state; size: length of the returned tuple whose item 0 is the
+    hidden state, or None when the block returns the tensor; batched: paths of the other arguments whose dimension 0 is
+    the batch, e.g. ("attention_mask",) or (1, 0).
+    """
+
+    argument: str = "hidden_states"
+    place: int = 0
+    size: int | None = None
+    batched: frozenset[Path] = frozenset()
+
+
+@dataclass
+class Call:
+    """One call of a block, not made yet."""
+
+    original: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    spec: BlockSpec
+
+    @property
+    def hidden(self) -> Tensor:
+        """The incoming hidden state."""
+        value = self.args[self.spec.place] if len(self.args) > self.spec.place else self.kwargs[self.spec.argument]
+        return value  # type: ignore[no-any-return]
+
+    def run(self, hidden: Tensor | None = None, rows: Tensor | None = None) -> Any:
+        """Run the block, on `hidden` instead of the incoming state, and with `rows` of every batched argument."""
+        args, kwargs = self.args, self.kwargs
+        if rows is not None and self.spec.batched:
+            args = tuple(_select(a, (i,), rows, self.spec.batched) for i, a in enumerate(args))
+            kwargs = {k: _select(v, (k,), rows, self.spec.batched) for k, v in kwargs.items()}
+        if hidden is not None:
+            if len(args) > self.spec.place:
+                args = (*args[: self.spec.place], hidden, *args[self.spec.place + 1 :])
+            else:
+                kwargs = {**kwargs, self.spec.argument: hidden}
+        return self.original(*args, **kwargs)
+
+    def skip(self, hidden: Tensor | None = None) -> Any:
+        """Return `hidden` (default: the incoming state) in the block's own return shape, without running it."""
+        out = self.hidden if hidden is None else hidden
+        return out if self.spec.size is None else (out, *[None] * (self.spec.size - 1))
+
+
+def state_of(output: Any) -> Tensor:
+    """Return the hidden state in a block's return value."""
+    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+
+def with_state(output: Any, hidden: Tensor) -> Any:
+    """Return a block's return value with its hidden state replaced."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def _select(value: Any, path: Path, rows: Tensor, batched: frozenset[Path]) -> Any:
+    if isinstance(value, Tensor):  # dimension 0 of size 1 is broadcast to the batch: there is nothing to choose
+        return value.index_select(0, rows) if path in batched and value.dim() and value.shape[0] > 1 else value
+    if isinstance(value, (tuple, list)):
+        parts = [_select(v, (*path, i), rows, batched) for i, v in enumerate(value)]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)  # named tuples take them apart
+    return value
+
+
+Handler = Callable[[int, Call], Any]
+
+
+class BlockHook:
+    """Replaces `module.forward` by a bound method, so that deep copies of the model get a consistent copy of it."""
+
+    def __init__(self, chain: Chain, module: nn.Module, positions: list[int], handler: Handler) -> None:
+        self.chain, self.module, self.positions, self.handler = chain, module, positions, handler
+        self.turn = 0
+        self.previous = module.__dict__.get("forward")
+        self.original = module.forward
+        module.__dict__["forward"] = self.forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Hand the call to the handler with the index of the block; a shared block counts its own turns."""
+        index = self.positions[self.turn % len(self.positions)]
+        self.turn += 1
+        return self.handler(index, Call(self.original, args, kwargs, self.chain.spec))
+
+    def remove(self) -> None:
+        """Put back exactly what was there."""
+        if self.previous is None:
+            self.module.__dict__.pop("forward", None)
+        else:
+            self.module.__dict__["forward"] = self.previous
+
+
+@dataclass
+class Unhook:
+    """The undo of `Chain.install`; an object and no closure, so that a deep copy of a model undoes its own hooks."""
+
+    chain: Chain
+    mine: list[BlockHook]
+
+    def __call__(self) -> None:
+        """Remove the hooks, once."""
+        while self.mine:
+            hook = self.mine.pop()
+            hook.remove()
+            self.chain.hooks.remove(hook)
+
+
+@dataclass
+class Chain:
+    """The blocks in order (a shared block once per time it runs) and how they are called."""
+
+    blocks: Sequence[nn.Module]
+    spec: BlockSpec
+    hooks: list[BlockHook] = field(default_factory=list)
+
+    def install(self, handler: Handler) -> Callable[[], None]:
+        """Send every block call to `handler(index, call)`; returns the undo, to be called in reverse order of installs."""
+        positions: dict[int, list[int]] = {}
+        modules: dict[int, nn.Module] = {}
+        for index, block in enumerate(self.blocks):
+            positions.setdefault(id(block), []).append(index)
+            modules[id(block)] = block
+        mine = [BlockHook(self, module, positions[key], handler) for key, module in modules.items()]
+        self.hooks.extend(mine)
+        return Unhook(self, mine)
+
+    def reset(self) -> None:
+        """Start counting the turns of shared blocks anew; called before every forward."""
+        for hook in self.hooks:
+            hook.turn = 0
+
+    @contextmanager
+    def capture(self, depths: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+        """Keep the hidden state after each of `depths` blocks (0 = into the first) while the context lasts."""
+        kept: dict[int, Tensor] = {}
+
+        def handler(index: int, call: Call) -> Any:
+            if index == 0 and 0 in depths:
+                kept[0] = call.hidden
+            output = call.run()
+            if index + 1 in depths:
+                kept[index + 1] = state_of(output)
+            return output
+
+        undo = self.install(handler)
+        try:
+            yield kept
+        finally:
+            undo()
+
+    @contextmanager
+    def window(self, start: int, stop: int, hidden: Tensor | None = None) -> Iterator[dict[str, Tensor]]:
+        """Run only blocks start < i <= stop while the context lasts, from `hidden`; the last state is kept as "hidden"."""
+        if not 0 <= start <= stop <= len(self.blocks):
+            raise BadArgument(f"window({start}, {stop}) is outside the model: give 0 <= start <= stop <= {len(self.blocks)}")
+        kept: dict[str, Tensor] = {}
+
+        def handler(index: int, call: Call) -> Any:
+            if not start <= index < stop:
+                return call.skip(hidden if index + 1 == start else None)  # so that window(depth, depth, h) reads h out
+            output = call.run(hidden if index == start else None)
+            kept["hidden"] = state_of(output)
+            return output
+
+        undo = self.install(handler)
+        try:
+            yield kept
+        finally:
+            undo()
+
+
+def learn_spec(
+    blocks: Sequence[nn.Module], probe: Callable[[int], Any], argument: str = "hidden_states", first: bool = False
+) -> tuple[BlockSpec, list[Call]]:
+    """Find out how the blocks are called by running the model on batches of 2 and 3 rows.
+
+    probe(batch) must run the model's forward. first: run only the first block, the others return their input, so that a
+    probe costs next to nothing (blocks must then be alike). Returns the spec and the calls of the 2-row run, one per
+    block. Raises `UnsupportedModel` when the blocks are not run once each, in order, on a [batch, ...] hidden state.
+    """
+    seen: dict[int, list[tuple[Call, Any]]] = {2: [], 3: []}
+    for batch, calls in seen.items():
+        order: list[int] = []
+
+        def handler(index: int, call: Call, calls: list[Any] = calls, order: list[int] = order) -> Any:
+            order.append(index)
+            output = with_state(calls[0][1], call.hidden) if first and calls else call.run()
+            calls.append((call, output))
+            return output
+
+        undo = Chain(blocks, BlockSpec(argument)).install(handler)
+        try:
+            with torch.no_grad():
+                probe(batch)
+        finally:
+            undo()
+        if order != list(range(len(blocks))):
+            raise UnsupportedModel(f"its {len(blocks)} blocks are not run once each in order (ran: {order[:20]})")
+    batched: set[Path] = set()
+    for (two, out), (three, _) in zip(seen[2], seen[3], strict=True):
+        sizes = dict(_leaves(three))
+        batched |= {p for p, n in _leaves(two) if n == 2 and sizes.get(p) == 3}
+        try:
+            rows = two.hidden.shape[0]
+        except (KeyError, AttributeError):
+            raise UnsupportedModel(f"its blocks take no {argument!r} tensor first") from None
+        if rows != 2 or not isinstance(state_of(out), Tensor) or state_of(out).shape != two.hidden.shape:
+            raise UnsupportedModel("its blocks do not map a [batch, ...] hidden state to one of the same shape")
+    output = seen[2][0][1]
+    size = len(output) if isinstance(output, tuple) else None
+    spec = BlockSpec(argument, 0, size, frozenset(batched - {(0,), (argument,)}))
+    return spec, [call for call, _ in seen[2]]
+
+
+def _leaves(call: Call) -> Iterator[tuple[Path, int]]:
+    def walk(value: Any, path: Path) -> Iterator[tuple[Path, int]]:
+        if isinstance(value, Tensor) and value.dim():
+            yield path, value.shape[0]
+        elif isinstance(value, (tuple, list)):
+            for i, v in enumerate(value):
+                yield from walk(v, (*path, i))
+
+    for i, a in enumerate(call.args):
+        yield from walk(a, (i,))
+    for k, v in call.kwargs.items():
+        yield from walk(v, (k,))

@@ -1,0 +1,101 @@
+"""Learn-then-Test with a fixed sequence: walk from safe to bold, stop at the first failure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from offramp._registry import create, register
+from offramp.calibrator import Calibration, Calibrator, Certificate, Losses
+from offramp.errors import BadArgument
+from offramp.policy import ExitPolicy
+from offramp.pvalues import binomial_p, hoeffding_bentkus_p, rows_needed
+from offramp.risks import find_risk, losses
+from offramp.trace import Trace, exit_columns
+
+
+@register("fixed_sequence")
+@dataclass(frozen=True)
+class FixedSequence(Calibrator):
+    """Certify the boldest rung of the policy's ladder before the first p-value above delta.
+
+    The ladder is fixed before the data is seen, so no correction for the number of thresholds is needed. Exact
+    binomial test for 0/1 losses, Hoeffding-Bentkus otherwise. The promise holds for rows drawn independently from
+    where the trace's rows come from. Papers: Learn then Test (Angelopoulos et al., arXiv 2110.01052), CALM (arXiv
+    2207.07061).
+    """
+
+    def fit(self, trace: Trace, policy: ExitPolicy, *, alpha: float, delta: float, risk: str) -> Calibration:
+        """Return the certified policy, or `never` without a certificate and a note that says why."""
+        ladder = policy.ladder(trace.depths[:-1], trace.classes)
+        best: tuple[ExitPolicy, float] | None = None
+        found, p = None, 1.0
+        for rung in ladder:
+            found = losses(trace, exit_columns(trace, rung), risk)
+            p = _p_value(found, find_risk(risk).binary, alpha)
+            if not p <= delta:
+                break
+            best = rung, p
+        if found is None or best is None:
+            note = _why(found, p, risk, alpha, delta)
+            return Calibration(create(ExitPolicy, "never"), None, note)
+        certificate = Certificate(
+            risk=risk,
+            alpha=float(alpha),
+            delta=float(delta),
+            n=len(found),
+            p_value=best[1],
+            test="binomial" if find_risk(risk).binary else "hoeffding_bentkus",
+            order=settings(ladder),
+            data_hash=trace.data_hash,
+            model_hash=trace.model_hash,
+        )
+        return Calibration(best[0], certificate)
+
+
+def settings(ladder: Sequence[ExitPolicy]) -> tuple[Any, ...]:
+    """Return what changes from rung to rung: one value each if a single option does, else whole configs."""
+    flat = [_flat(rung.config()) for rung in ladder]
+    changing = [k for k in flat[0] if any(f.get(k) != flat[0][k] for f in flat)] if flat else []
+    return tuple(f[changing[0]] for f in flat) if len(changing) == 1 else tuple(rung.config() for rung in ladder)
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
+def _p_value(found: Losses, binary: bool, alpha: float) -> float:
+    n = len(found)
+    if n == 0:
+        raise BadArgument("no row of the trace has a label, so this risk cannot be measured; record data with labels")
+    return binomial_p(round(found.sum()), n, alpha) if binary else hoeffding_bentkus_p(float(found.mean()), n, alpha)
+
+
+def _why(found: Losses | None, p: float, risk: str, alpha: float, delta: float) -> str:
+    if found is None:
+        return "uncertified: the policy offers no threshold to try"
+    least, n, mean = rows_needed(alpha, delta), len(found), float(found.mean())
+    said = f"uncertified: at the safest setting {risk} was {mean:.4g} on {n} rows (p = {p:.3g}, needed <= {delta:g}). "
+    if n < least:
+        return said + f"At least {least} rows are needed even without a single loss; record more."
+    if mean >= alpha:
+        return (
+            said + f"That is not below alpha = {alpha:g}, so more rows would not help: raise alpha or fit better heads."
+        )
+    return said + f"About {_enough(mean, n, risk, alpha, delta)} rows would do at this risk; record more."
+
+
+def _enough(mean: float, n: int, risk: str, alpha: float, delta: float) -> int:
+    """Return about how many rows certify a mean loss below alpha: the first of n, 1.1 n, 1.21 n, ... that does."""
+    test = find_risk(risk)
+    for _ in range(200):  # 1.1^200 = 2e8 times as many: nobody records more
+        p = binomial_p(math.ceil(mean * n), n, alpha) if test.binary else hoeffding_bentkus_p(mean, n, alpha)
+        if p <= delta:
+            break
+        n = math.ceil(1.1 * n)
+    return n

@@ -1,0 +1,231 @@
+"""Enable a policy on a model with exits, count what it does, and disable it exactly."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp._registry import create, lookup, policy_from
+from offramp.attach import RECORD, Exits, find, load
+from offramp.calibrator import Calibration
+from offramp.errors import BadArgument, NotAttached, check_options
+from offramp.policy import ExitPolicy
+
+RUN = "_offramp_run"
+KV = ("catch_up", "propagate")
+
+
+@dataclass
+class Stats:
+    """What really ran. One unit of `blocks_run` is one call of one block for one row; prediction that never stops: full.
+
+    rows: rows or tokens decided; exits: how many stopped at each depth; blocks_full: what the full model would have run;
+    nonfinite: rows kept going because their evidence was not finite; last_depths: exit depth of each row (token) of the
+    last call. Generation adds tokens, rounds (visits of the deepest block), drafted and accepted tokens,
+    and projected: blocks of which only keys and values were computed (kv="propagate").
+    """
+
+    rows: int = 0
+    exits: dict[int, int] = field(default_factory=dict)
+    blocks_run: int = 0
+    blocks_full: int = 0
+    nonfinite: int = 0
+    tokens: int = 0
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    projected: int = 0
+    last_depths: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+
+    @property
+    def saved(self) -> float:
+        """Share of block executions that did not happen: 1 - run / full."""
+        return 1.0 - self.blocks_run / self.blocks_full if self.blocks_full else 0.0
+
+    @property
+    def depth_mean(self) -> float:
+        """Mean depth at which rows (tokens) were decided."""
+        return sum(d * n for d, n in self.exits.items()) / self.rows if self.rows else 0.0
+
+    def count(self, depths: Tensor) -> None:
+        """Take in the exit depth of every row of one call. depths: int64 [rows]."""
+        self.rows += depths.numel()
+        values, counts = depths.unique(return_counts=True)
+        for depth, n in zip(values.tolist(), counts.tolist(), strict=True):
+            self.exits[depth] = self.exits.get(depth, 0) + n
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        out = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "last_depths"}
+        out["exits"] = dict(sorted(self.exits.items()))
+        return {**out, "saved": self.saved, "depth_mean": self.depth_mean, "last_depths": self.last_depths.tolist()}
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        fresh = Stats()
+        for f in fields(self):
+            setattr(self, f.name, getattr(fresh, f.name))
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a policy is run. verify: draft and check (lossless); draft: longest draft, or None to let it adapt; kv: what
+    supplies deeper keys and values when not verifying; strict: raise instead of falling back to the full model."""
+
+    verify: bool = False
+    draft: int | None = None
+    kv: str = "catch_up"
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kv not in KV:
+            raise BadArgument(f"kv={self.kv!r} is not known; choose one of {', '.join(KV)}")
+        if self.draft is not None and (isinstance(self.draft, bool) or not isinstance(self.draft, int) or self.draft < 1):
+            raise BadArgument(f"draft={self.draft!r} must be a positive number of tokens, or None to adapt")
+
+
+OPTIONS = tuple(f.name for f in fields(Options))
+
+
+class Run:
+    """A policy enabled on a model; a context manager that disables on leaving."""
+
+    def __init__(self, exits: Exits, policy: ExitPolicy, options: Options) -> None:
+        self.exits, self.policy, self.options = exits, policy, options
+        self.model, self.backbone = exits.model, exits.backbone
+        self.stats = Stats()
+        self.paused = False
+        #: what a decoding driver remembers between calls (e.g. how often drafts were accepted)
+        self.memory: dict[str, Any] = {}
+        #: whether `enable` also loaded the exits, so that `disable` takes them off again
+        self.loaded = False
+        self._undo: Callable[[], None] | None = None
+
+    @property
+    def enabled(self) -> bool:
+        """Whether this run is the one acting on the model."""
+        return self.model.__dict__.get(RUN) is self
+
+    def disable(self) -> None:
+        """Stop exiting early; the model's calls are exactly the framework's again. Does nothing the second time."""
+        if not self.enabled:
+            return
+        if self._undo is not None:
+            self._undo()
+        self.model.__dict__.pop(RUN, None)
+        if self.loaded:
+            self.exits.detach()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.disable()
+
+    def __repr__(self) -> str:
+        state = "enabled" if self.enabled else "disabled"
+        return f"Run({self.policy}, {self.options}, {state})"
+
+
+def make_policy(
+    policy: str | ExitPolicy | Calibration | Mapping[str, Any], depths: Sequence[int], **config: Any
+) -> ExitPolicy:
+    """Return a policy from a name with options, an object, a calibration or a config dict, checked against the exits."""
+    if isinstance(policy, str):
+        made: ExitPolicy = create(ExitPolicy, policy, **config)
+    else:
+        if config:
+            raise BadArgument(f"options {sorted(config)} go with a policy's name, not with {type(policy).__name__}")
+        if isinstance(policy, Calibration):
+            made = policy.policy
+        elif isinstance(policy, Mapping):
+            made = policy_from(dict(policy))
+        elif isinstance(policy, ExitPolicy):
+            made = policy
+        else:
+            raise BadArgument(f"policy must be a name, a policy or a calibration, not {type(policy).__name__}")
+    made.check(tuple(depths))
+    return made
+
+
+def parse_flag(flag: Mapping[str, Any]) -> tuple[dict[str, Any], Options, str | None]:
+    """Split the `early_exit` dict into policy config, options and exits source; raises `UnknownName` for odd keys."""
+    if not isinstance(flag, Mapping) or "policy" not in flag:
+        raise BadArgument(f'early_exit must be a dict with a "policy", e.g. {{"policy": "confidence"}}; got {flag!r}')
+    cls = lookup(ExitPolicy, flag["policy"])
+    known = [*inspect.signature(cls).parameters, *OPTIONS, "policy", "exits"]
+    check_options(flag, known, f"early_exit with policy {flag['policy']!r}")
+    config = {k: v for k, v in flag.items() if k not in (*OPTIONS, "exits")}
+    return config, Options(**{k: v for k, v in flag.items() if k in OPTIONS}), flag.get("exits")
+
+
+def enable(
+    model: nn.Module, policy: str | ExitPolicy | Calibration | None = None, **options: Any
+) -> Run:
+    """Let `model` exit early; its own calls stay as they are. Returns a `Run` with `stats` and `disable()`.
+
+    policy: a name of `offramp.names(offramp.ExitPolicy)` with its options (`threshold=0.9`), a policy object, a
+    `Calibration`, or None for the `early_exit` dict of the model's own config. verify=True: every early token is checked by
+    the deep blocks (lossless); draft: longest draft; kv: "catch_up" or "propagate" without verify; strict=True: raise where
+    the full model would be used instead. Raises `NotAttached`, `BadArgument`, `UnknownName`; changes nothing then.
+    """
+    if RUN in model.__dict__:
+        raise NotAttached("a policy is already enabled on this model; first: run.disable()")
+    if policy is None:
+        return _enable_flag(model, options)
+    exits = find(model)
+    chosen = {k: options.pop(k) for k in OPTIONS if k in options}
+    run = Run(exits, make_policy(policy, exits.at, **options), Options(**chosen))
+    return _start(run)
+
+
+def _start(run: Run) -> Run:
+    run._undo = run.backbone.drive(run)
+    run.model.__dict__[RUN] = run
+    return run
+
+
+def _enable_flag(model: nn.Module, options: dict[str, Any]) -> Run:
+    from offramp._plugins import adapt
+
+    if options:
+        raise BadArgument(f"options {sorted(options)} need a policy: offramp.enable(model, 'confidence', threshold=0.9)")
+    attached = model.__dict__.get(RECORD)
+    backbone = attached.backbone if attached is not None else adapt(model)
+    flag = backbone.flag()
+    if flag is None:
+        raise BadArgument(
+            "no policy given and the model's config has no early_exit; write "
+            'offramp.enable(model, "confidence", threshold=0.9) or set config.early_exit = {"policy": ...}'
+        )
+    config, chosen, source = parse_flag(flag)
+    exits = find(model) if source is None or attached is not None else load(model, source)
+    try:
+        run = _start(Run(exits, make_policy(config, exits.at), chosen))
+        run.loaded = attached is None
+        return run
+    except BaseException:
+        if attached is None:
+            exits.detach()
+        raise
+
+
+@contextmanager
+def paused(model: nn.Module) -> Iterator[None]:
+    """Run the full model inside this context, whatever is enabled."""
+    run = model.__dict__.get(RUN)
+    if run is None:
+        yield
+        return
+    before, run.paused = run.paused, True
+    try:
+        yield
+    finally:
+        run.paused = before

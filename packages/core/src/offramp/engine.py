@@ -1,0 +1,194 @@
+"""The single-pass executor: at each exit head and policy run inside the hook, and finished rows leave the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.blocks import Call, state_of, with_state
+from offramp.enable import Run
+from offramp.kernels.confidence import PREDICTION, confidence, cosine
+from offramp.policy import Evidence, ExitPolicy, State
+
+Undo = Callable[[], None]
+#: what a policy can ask for that takes the head's logits
+LOGITS = PREDICTION | {"prediction"}
+
+
+def look(
+    run: Run,
+    index: int,
+    hidden: Tensor,
+    previous: Tensor | None,
+    position: Tensor | None = None,
+    prediction: Tensor | None = None,
+) -> Evidence:
+    """Return the evidence of exit `index` for pooled states [rows, width]; runs the head only if the policy looks at it."""
+    depths, needs = run.exits.at, run.policy.statistics()
+    depth = depths[index]
+    if prediction is None and needs & LOGITS:
+        prediction = run.exits[depth](hidden)
+    stats = confidence(prediction, needs) if prediction is not None else {}
+    if "cosine" in needs and previous is not None:
+        stats["cosine"] = cosine(hidden, previous)
+    classes = 0 if prediction is None else prediction.shape[-1]
+    last = index == len(depths) - 1
+    return Evidence(index, depth, index == 0, last, hidden, prediction, classes, position, stats)
+
+
+def decide(policy: ExitPolicy, state: State, seen: Evidence) -> tuple[Tensor, State, Tensor]:
+    """Return (rows that stop, new state, rows whose evidence is finite); rows with non-finite evidence never stop."""
+    stop, state = policy.step(state, seen)
+    if "top1" in seen.stats:
+        finite = seen.stats["top1"].isfinite()
+    elif seen.prediction is not None:
+        finite = seen.prediction.isfinite().all(-1)
+    elif seen.hidden is not None:
+        finite = seen.hidden.isfinite().all(-1)
+    else:
+        finite = torch.ones_like(stop)
+    return stop & finite, state, finite
+
+
+class SinglePass:
+    """Drives one forward of the user's own model; bound methods are hooked in, so a deep copy of the model works too.
+
+    Only calls of the model itself exit early: a part of it (a block, `forward_features`) that is called on its own runs
+    in full, because there nobody would put the exits' answers into the output, nor count the rows.
+    """
+
+    def __init__(self, run: Run, output: nn.Module | None) -> None:
+        self.run, self.output = run, output
+        self.chain = run.backbone.chain()
+        self.index = {depth: i for i, depth in enumerate(run.exits.at)}
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop everything that belongs to one forward."""
+        #: inside a call of the model; past its last block
+        self.active = self.through = False
+        self.batch = self.ran = 0
+        self.rows: Tensor | None = None
+        self.depths = torch.empty(0, dtype=torch.long)
+        self.left: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self.state: State = {}
+        self.previous: Tensor | None = None
+
+    def install(self) -> Undo:
+        """Hook blocks, the model's forward and its output module; returns the exact undo."""
+        model = self.run.model
+        self.removes: list[Undo] = [self.chain.install(self.block)]
+        handles = [
+            model.register_forward_pre_hook(self.begin),
+            model.register_forward_hook(self.end, always_call=True),
+        ]
+        if self.output is not None:
+            handles.append(self.output.register_forward_hook(self.answer))
+        self.removes += [handle.remove for handle in handles]
+        return self.uninstall
+
+    def uninstall(self) -> None:
+        """Remove every hook, last one first."""
+        while self.removes:
+            self.removes.pop()()
+
+    def begin(self, module: nn.Module, args: Any) -> None:
+        """Forget an earlier forward, also one that raised."""
+        self.chain.reset()
+        self.forget()
+        self.active = not self.run.paused
+
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Count the rows of a forward that went through; one that raised has no output."""
+        if output is not None and self.active:
+            stats = self.run.stats
+            stats.blocks_run += self.ran
+            stats.last_depths = self.depths.cpu()
+            stats.count(stats.last_depths)
+            stats.blocks_full += self.batch * self.run.backbone.depth
+        self.forget()
+
+    def block(self, index: int, call: Call) -> Any:
+        """Run one block on the rows that are left; at an exit, let finished rows go; after the last, put all back."""
+        if not self.active or call.hidden.shape[0] == 0:
+            return call.run()
+        if index == 0:
+            self.start(call.hidden)
+        self.through = index + 1 == self.run.backbone.depth
+        rows = self.rows
+        if rows is not None and rows.numel() == 0:
+            return call.skip()
+        compacted = rows is not None
+        output = call.run(rows=rows)
+        self.ran += self.batch if rows is None else rows.numel()
+        hidden = state_of(output)
+        if index + 1 in self.index:
+            kept = self.exit(self.index[index + 1], hidden)
+            if kept is not None:
+                return with_state(output, hidden[kept] if kept.numel() else self.restore(hidden[:0]))
+        if self.through and compacted:
+            return with_state(output, self.restore(hidden))
+        return output
+
+    def start(self, hidden: Tensor) -> None:
+        """Begin a batch: every row is in."""
+        self.batch = hidden.shape[0]
+        self.depths = torch.full((self.batch,), self.run.backbone.depth, dtype=torch.long)
+        self.state = self.run.policy.start(self.batch, hidden.device)
+
+    def exit(self, index: int, hidden: Tensor) -> Tensor | None:
+        """Ask the policy at one exit. Returns the indices of the rows that go on, or None when all do."""
+        run = self.run
+        pooled = self.pool(hidden)
+        seen = look(run, index, pooled, self.previous)
+        stop, self.state, finite = decide(run.policy, self.state, seen)
+        self.previous = pooled if "cosine" in run.policy.statistics() else None
+        counts = torch.stack([stop.sum(), finite.numel() - finite.sum()]).tolist()  # the one host sync of an exit
+        run.stats.nonfinite += counts[1]
+        if not counts[0]:
+            return None
+        gone, kept = stop.nonzero().squeeze(-1), (~stop).nonzero().squeeze(-1)
+        rows = self.rows if self.rows is not None else torch.arange(self.batch, device=hidden.device)
+        answer = None
+        if self.output is not None:
+            answer = run.exits[seen.depth](pooled[gone]) if seen.prediction is None else seen.prediction[gone]
+        whole = counts[0] == self.batch  # all at once: no copy
+        self.left.append((rows[gone], hidden if whole else hidden[gone], answer))
+        self.depths[rows[gone].cpu()] = seen.depth
+        self.rows = rows[kept]
+        self.state = {k: v[kept] for k, v in self.state.items()}
+        if self.previous is not None:
+            self.previous = self.previous[kept]
+        return kept
+
+    def pool(self, hidden: Tensor) -> Tensor:
+        """Return what heads read of the rows that are left; a backbone whose pool needs more than the state overrides it."""
+        return self.run.backbone.pool(hidden)
+
+    def restore(self, hidden: Tensor) -> Tensor:
+        """Return the whole batch in order: rows that ran to the end and the exit states of those that left."""
+        if self.rows is None:
+            return hidden
+        if len(self.left) == 1 and not hidden.shape[0]:
+            return self.left[0][1]
+        full = hidden.new_empty((self.batch, *hidden.shape[1:]))
+        full[self.rows] = hidden
+        for rows, state, _ in self.left:
+            full[rows] = state
+        return full
+
+    def answer(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        """Put the heads' predictions of rows that left early into the model's own output.
+
+        Tied heads call the same module in the middle of a forward; only the call after the last block is its own.
+        """
+        if not self.through or not self.left:
+            return None
+        output = output.clone()
+        for rows, _, prediction in self.left:
+            if prediction is not None:
+                output[rows] = prediction.to(output.dtype)
+        return output

@@ -1,0 +1,165 @@
+"""Train the heads of a model's exits; the backbone is frozen, its states are computed once and reused."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp._registry import create
+from offramp.attach import Exits, find
+from offramp.backbone import Observed
+from offramp.enable import paused
+from offramp.errors import BadArgument
+from offramp.loss import Loss
+from offramp.record import batches, evaluating, track
+
+#: states of the data are kept in memory up to this many bytes; `fit` warns and leaves out the data beyond it
+CACHE_BYTES = 4 << 30
+
+
+@dataclass
+class FitReport:
+    """What training did. losses: one per step; agreement: share of rows on which each exit says what the full model says,
+    by depth, before and after, on the last 10 % of the rows (held out when there is more than one batch)."""
+
+    losses: list[float] = field(default_factory=list)
+    before: dict[int, float] = field(default_factory=dict)
+    agreement: dict[int, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def fit(
+    model: nn.Module,
+    data: Any,
+    *,
+    loss: str | Loss = "distill",
+    steps: int = 500,
+    lr: float = 1e-3,
+    batch_size: int = 8,
+    rows: int = 2048,
+    seed: int = 0,
+    progress: bool = True,
+    **options: Any,
+) -> FitReport:
+    """Train all heads together on `data`, with the backbone frozen; returns a `FitReport`.
+
+    data: as the model takes it (labels only for loss="labels"); batch_size: rows of the model's own input per forward;
+    rows: samples (tokens) per step; lr: AdamW's, cosine to zero with 5 % warm-up; options: the loss's (`temperature`,
+    `weighting`, ...). Raises `NotAttached`, `UnknownName`, `BadArgument`. The model's modes and `requires_grad` are put back.
+    """
+    exits = find(model)
+    if steps < 1:
+        raise BadArgument(f"steps={steps} trains nothing; give steps=500")
+    if options and not isinstance(loss, str):
+        raise BadArgument(f"options {sorted(options)} go with a loss's name, not with {type(loss).__name__}")
+    objective: Loss = create(Loss, loss, **options) if isinstance(loss, str) else loss
+    started = time.perf_counter()
+    grads = {p: p.requires_grad for p in model.parameters()}
+    wanted = trainable(exits)
+    if not wanted:
+        raise BadArgument(f"head {exits.head!r} has no weights of its own to train here; use head='translator'")
+    report = FitReport()
+    try:
+        for p in grads:
+            p.requires_grad_(False)
+        with evaluating(model), paused(model):
+            source = _States(exits, data, batch_size, rows, seed)
+            report.before = source.agreement()
+            _train(exits, source, objective, wanted, report, steps, lr, progress)
+            report.agreement = source.agreement()
+    finally:
+        for p, flag in grads.items():
+            p.requires_grad_(flag)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def trainable(exits: Exits) -> list[nn.Parameter]:
+    """Return the heads' own parameters: not those shared with the backbone, nor base weights under LoRA."""
+    base = {id(p) for name, p in exits.model.named_parameters(remove_duplicate=False) if not name.startswith("exits.")}
+    return [p for name, p in exits.modules.named_parameters() if id(p) not in base and ".base_layer." not in name]
+
+
+def _train(
+    exits: Exits,
+    source: _States,
+    objective: Loss,
+    wanted: list[nn.Parameter],
+    report: FitReport,
+    steps: int,
+    lr: float,
+    progress: bool,
+) -> None:
+    for p in wanted:
+        p.requires_grad_(True)
+    optimizer = torch.optim.AdamW(wanted, lr=lr, weight_decay=0.0)
+    warm = max(1, steps // 20)
+    shape = lambda s: min(1.0, (s + 1) / warm) * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * s / steps)).item())  # noqa: E731
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
+    losses = []
+    with torch.enable_grad():
+        for _, seen in zip(track(range(steps), "fit exits", progress, steps), source, strict=False):
+            answers = [exits[d](h) for d, h in zip(exits.at, seen.hidden, strict=True)]
+            with torch.no_grad():
+                final = exits.backbone.context().readout(seen.final)
+            value = objective(answers, final, seen.targets)
+            optimizer.zero_grad()
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(wanted, 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(value.detach())
+    report.losses = torch.stack(losses).tolist()
+
+
+class _States:
+    """Rows of hidden states in random order, endlessly; the last tenth is kept for the report."""
+
+    def __init__(self, exits: Exits, data: Any, batch_size: int, rows: int, seed: int) -> None:
+        self.exits, self.rows = exits, rows
+        self.generator = torch.Generator().manual_seed(seed)
+        parts, size = [], 0
+        with torch.no_grad():
+            for batch in batches(data, batch_size):
+                parts.append(exits.backbone.observe(batch, exits.at))
+                size += sum(h.numel() * h.element_size() for h in [*parts[-1].hidden, parts[-1].final])
+                if size > CACHE_BYTES:
+                    warnings.warn(f"fit uses the first {len(parts)} batches: their states fill {size} bytes", stacklevel=4)
+                    break
+        if not parts or not sum(len(p.final) for p in parts):
+            raise BadArgument("the data holds no rows; give at least one batch")
+        self.all = Observed(
+            [torch.cat([p.hidden[i] for p in parts]) for i in range(len(exits.at))],
+            torch.cat([p.final for p in parts]),
+            None if parts[0].targets is None else torch.cat([p.targets for p in parts if p.targets is not None]),
+        )
+        n = len(self.all.final)
+        self.train = max(1, n - n // 10)
+
+    def at(self, index: Tensor) -> Observed:
+        index = index.to(self.all.final.device)
+        targets = None if self.all.targets is None else self.all.targets[index]
+        return Observed([h[index] for h in self.all.hidden], self.all.final[index], targets)
+
+    def __iter__(self) -> Iterator[Observed]:
+        while True:
+            for index in torch.randperm(self.train, generator=self.generator).split(self.rows):
+                yield self.at(index)
+
+    @torch.no_grad()
+    def agreement(self) -> dict[int, float]:
+        n = len(self.all.final)
+        index = torch.arange(self.train if self.train < n else 0, n)
+        hits = dict.fromkeys(self.exits.at, 0)
+        for part in index.split(self.rows):
+            seen = self.at(part)
+            best = self.exits.backbone.context().readout(seen.final).argmax(-1)
+            for depth, hidden in zip(self.exits.at, seen.hidden, strict=True):
+                hits[depth] += int((self.exits[depth](hidden).argmax(-1) == best).sum())
+        return {d: v / len(index) for d, v in hits.items()}

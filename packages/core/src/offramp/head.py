@@ -1,0 +1,73 @@
+"""The contract of an exit head: a module from the hidden state at a tap to a prediction."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from offramp.backbone import Tap
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from offramp.attach import Exits
+
+
+@dataclass(frozen=True)
+class HeadContext:
+    """The backbone's own way from its last hidden state to its prediction: what a head starts from.
+
+    norm: module before the projection (final norm, pooler); heads copy it. projection: the unembedding or classifier,
+    shared with the backbone, never copied or trained through. finish: soft cap or scale after it. width: of the hidden
+    state; classes: of the prediction.
+    """
+
+    norm: nn.Module
+    projection: nn.Module
+    finish: Callable[[Tensor], Tensor]
+    width: int
+    classes: int
+
+    def readout(self, hidden: Tensor) -> Tensor:
+        """Return the backbone's own prediction for a last hidden state [..., width] -> [..., classes]."""
+        out: Tensor = self.finish(self.projection(self.norm(hidden)))
+        return out
+
+
+class ExitHead(nn.Module):
+    """Maps the hidden state at a tap to a prediction of the same shape as the backbone's own."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, tap: Tap, base: HeadContext, *args: Any, **config: Any) -> ExitHead:
+        """Build the head for one tap; untrained, it must equal the backbone's own readout of that state (logit lens)."""
+
+    @abstractmethod
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map hidden [..., width] to a prediction [..., classes]."""
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Return the tensors to save, by name: what belongs to the head and not to the backbone."""
+        return dict(self.state_dict(keep_vars=True))
+
+    @classmethod
+    def attached(cls, exits: Exits) -> Callable[[], None] | None:
+        """Act once when all heads are on the model (e.g. let PEFT wrap them); return the undo."""
+        return None
+
+    @classmethod
+    def save_extra(cls, exits: Exits, folder: Path) -> list[str]:
+        """Write files beside `exits.safetensors` and return their names."""
+        return []
+
+    @classmethod
+    def load_extra(cls, exits: Exits, folder: Path) -> None:
+        """Read what `save_extra` wrote."""
+
+    def share(self, base: HeadContext) -> None:
+        """Keep the backbone's projection without registering it: it stays the backbone's, also in `state_dict`."""
+        self.__dict__["base"] = base

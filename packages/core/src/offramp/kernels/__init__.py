@@ -1,0 +1,1 @@
+"""Numeric kernels: one op per file, signature and torch reference together."""

@@ -1,0 +1,41 @@
+"""Cheap statistics of a head's prediction: what a policy looks at instead of the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+import torch
+from torch import Tensor
+
+#: statistics computed from the prediction; "cosine" needs two hidden states and is computed by `cosine`
+PREDICTION = frozenset({"top1", "margin", "entropy", "label"})
+
+
+def confidence(logits: Tensor, needs: Set[str]) -> dict[str, Tensor]:
+    """Return the statistics named in `needs` of the softmax over the last dimension.
+
+    logits: [rows, classes], any float dtype. Returns [rows] tensors in float32 (`label`: int64): `label` the argmax,
+    `top1` the largest probability, `margin` top-1 minus top-2 probability, `entropy` in nats. NaN logits give NaN.
+    """
+    found: dict[str, Tensor] = {}
+    if not needs & {"top1", "margin", "entropy"}:
+        return {"label": logits.argmax(-1)} if "label" in needs else found
+    log_p = logits.float().log_softmax(-1)
+    if "margin" in needs and logits.shape[-1] > 1:
+        top, index = log_p.topk(2, dim=-1)
+        pair = top.exp()
+        found["margin"], best, found["label"] = pair[..., 0] - pair[..., 1], pair[..., 0], index[..., 0]
+    else:
+        value, found["label"] = log_p.max(-1)
+        best = value.exp()
+        if "margin" in needs:
+            found["margin"] = best
+    found["top1"] = best
+    if "entropy" in needs:
+        found["entropy"] = torch.special.entr(log_p.exp()).sum(-1)  # entr(0) = 0: a masked class (-inf) adds nothing
+    return found
+
+
+def cosine(hidden: Tensor, previous: Tensor) -> Tensor:
+    """Return the cosine between two states of the same rows. Both [rows, width]; returns [rows] in float32."""
+    return torch.cosine_similarity(hidden.float(), previous.float(), dim=-1)

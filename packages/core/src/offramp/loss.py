@@ -1,0 +1,41 @@
+"""The contract of a training loss over the predictions of all exits."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from offramp.errors import UnknownName, did_you_mean
+
+#: how much each exit weighs: name -> weights before normalisation, shallow exit first
+WEIGHTINGS = {
+    "uniform": lambda k: [1.0] * k,
+    "linear": lambda k: [float(j + 1) for j in range(k)],
+    "inverse": lambda k: [float(k - j) for j in range(k)],
+}
+
+
+def weigh(losses: Sequence[Tensor], weighting: str) -> Tensor:
+    """Return the weighted mean of per-exit losses; `weighting` is uniform, linear (deep exits more) or inverse."""
+    if weighting not in WEIGHTINGS:
+        raise UnknownName(f"no weighting is called {weighting!r};{did_you_mean(weighting, WEIGHTINGS)}")
+    raw = WEIGHTINGS[weighting](len(losses))
+    stacked = torch.stack(list(losses))
+    return (stacked * stacked.new_tensor(raw)).sum() / sum(raw)
+
+
+class Loss(ABC):
+    """A training objective over per-exit predictions; a frozen dataclass, registered under its file's name."""
+
+    weighting: str
+
+    @abstractmethod
+    def each(self, predictions: Sequence[Tensor], final: Tensor, targets: Tensor | None) -> list[Tensor]:
+        """Return one scalar per exit. predictions: K tensors [rows, classes]; final: the full model's logits."""
+
+    def __call__(self, predictions: Sequence[Tensor], final: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Return the weighted scalar loss. Shapes: predictions K x [rows, classes], final [rows, classes], targets [rows]."""
+        return weigh(self.each(predictions, final, targets), self.weighting)

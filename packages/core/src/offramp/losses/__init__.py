@@ -1,0 +1,1 @@
+"""Training losses, one file each; the file's stem is the loss's name."""

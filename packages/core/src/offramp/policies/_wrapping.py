@@ -1,0 +1,40 @@
+"""What policies that hold other policies share: building them, and keeping their states apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from offramp._registry import policy_from
+from offramp.errors import BadArgument
+from offramp.policy import ExitPolicy, State
+
+
+def wrapped(value: Any, owner: str) -> ExitPolicy:
+    """Return `value` as a policy: a policy object, or its config `{"policy": name, ...}`; else raises `BadArgument`."""
+    if isinstance(value, ExitPolicy):
+        return value
+    if isinstance(value, dict) and "policy" in value:
+        return policy_from(value)
+    raise BadArgument(
+        f'{owner}: {value!r} is not a policy; give offramp.policy("confidence", threshold=0.9) '
+        f'or {{"policy": "confidence", "threshold": 0.9}}'
+    )
+
+
+def wrapped_list(values: Any, owner: str) -> tuple[ExitPolicy, ...]:
+    """Return a non-empty list of policies or configs as a tuple of policies; raises `BadArgument`."""
+    if not isinstance(values, (list, tuple)) or not values:
+        raise BadArgument(f"{owner}: policies must be a non-empty list of policies, not {values!r}")
+    return tuple(wrapped(v, owner) for v in values)
+
+
+def join(states: Sequence[State]) -> State:
+    """Return one flat state: tensor `name` of policy `i` is kept as `"i.name"`."""
+    return {f"{i}.{name}": tensor for i, state in enumerate(states) for name, tensor in state.items()}
+
+
+def part(state: State, i: int) -> State:
+    """Return the state of policy `i` out of a joined one."""
+    head = f"{i}."
+    return {name[len(head) :]: tensor for name, tensor in state.items() if name.startswith(head)}

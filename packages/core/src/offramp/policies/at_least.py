@@ -1,0 +1,69 @@
+"""Hold another policy back until enough blocks have run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp._registry import create, register
+from offramp.errors import BadArgument
+from offramp.policies._wrapping import wrapped
+from offramp.policy import Evidence, ExitPolicy, Feedback, State
+
+
+@register("at_least")
+@dataclass(frozen=True)
+class AtLeast(ExitPolicy):
+    """Do what `inner` says, but never before `depth` blocks have run.
+
+    inner: a policy or its config; depth: in blocks, at least 1; higher is safer, lower is faster. `inner` sees the
+    shallower exits too, so a counter in it goes on. Raises `BadArgument`, also when no exit is that deep.
+    """
+
+    inner: ExitPolicy
+    depth: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inner", wrapped(self.inner, "at_least"))
+        if isinstance(self.depth, bool) or not isinstance(self.depth, int) or self.depth < 1:
+            raise BadArgument(f"at_least: depth must be a whole number of blocks, at least 1, not {self.depth!r}")
+
+    def statistics(self) -> frozenset[str]:
+        """Return what the wrapped policy needs."""
+        return self.inner.statistics()
+
+    def start(self, batch: int, device: torch.device | str) -> State:
+        """Return the wrapped policy's state."""
+        return self.inner.start(batch, device)
+
+    def step(self, state: State, seen: Evidence) -> tuple[Tensor, State]:
+        """Step the wrapped policy and ignore its mask at shallower exits."""
+        stop, state = self.inner.step(state, seen)
+        return (stop if seen.depth >= self.depth else torch.zeros_like(stop)), state
+
+    def learn(self, state: State, feedback: Feedback) -> State:
+        """Let the wrapped policy learn."""
+        return self.inner.learn(state, feedback)
+
+    def check(self, depths: Sequence[int]) -> None:
+        """Check the wrapped policy, and that an exit is deep enough."""
+        self.inner.check(depths)
+        if depths and self.depth > max(depths):
+            raise BadArgument(
+                f"at_least: depth {self.depth} is deeper than every exit (exits at {list(depths)}), so it could never "
+                f'fire; choose at most {max(depths)}, or write "never" for the full model'
+            )
+
+    def ladder(self, depths: Sequence[int], classes: int) -> list[ExitPolicy]:
+        """Return the wrapped policy's ladder, each rung held back alike."""
+        return [dataclasses.replace(self, inner=rung) for rung in self.inner.ladder(depths, classes)]
+
+    @classmethod
+    def example(cls, depths: Sequence[int], classes: int, **options: Any) -> ExitPolicy:
+        """Return confidence 0.5 from the deepest exit on unless told otherwise."""
+        return cls(**{"inner": create(ExitPolicy, "confidence", threshold=0.5), "depth": max(depths), **options})

@@ -1,0 +1,150 @@
+"""Record a trace: what every exit would have said on a data set, and what the full model said."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.attach import Exits, find
+from offramp.enable import paused
+from offramp.errors import BadArgument
+from offramp.kernels.confidence import confidence, cosine
+from offramp.trace import Trace
+
+STATISTICS = frozenset({"top1", "margin", "entropy", "label"})
+
+
+def batches(data: Any, batch_size: int) -> Iterator[Any]:
+    """Yield batches of the user's data: a tensor or a mapping of tensors is cut into `batch_size` rows, an iterable of
+    batches (a DataLoader, a list) is passed on. Raises `BadArgument` for anything else."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise BadArgument(f"batch_size={batch_size!r} must be a positive number of rows, e.g. batch_size=8")
+    if isinstance(data, Tensor):
+        yield from data.split(batch_size)
+    elif isinstance(data, Mapping):
+        tensors = {k: v for k, v in data.items() if isinstance(v, Tensor)}
+        n = next((len(v) for v in tensors.values()), 0)
+        for i in range(0, n, batch_size):
+            yield {k: v[i : i + batch_size] if k in tensors else v for k, v in data.items()}
+    elif isinstance(data, Iterable) and not isinstance(data, str):
+        yield from data
+    else:
+        raise BadArgument(f"data must be a tensor, a mapping of tensors or an iterable of batches, not {type(data).__name__}")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module into eval mode inside this context, and each back into its own mode after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def fingerprint(exits: Exits) -> str:
+    """Return a digest of the model and its heads: shapes and a few values of every weight."""
+    digest = hashlib.sha256(repr(exits.backbone.fingerprint()).encode())
+    for name, value in exits.model.state_dict().items():
+        flat = value.detach().reshape(-1)[:: max(1, value.numel() // 16)][:16].cpu().double()
+        digest.update(f"{name}{tuple(value.shape)}".encode() + flat.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def record(
+    model: nn.Module,
+    data: Any,
+    *,
+    batch_size: int = 8,
+    per_row: int | None = None,
+    seed: int = 0,
+    logits: bool = False,
+    progress: bool = False,
+) -> Trace:
+    """Run the full model over `data` and keep what every exit said; nothing exits early here.
+
+    data: a tensor, a mapping or an iterable of batches as the model takes them. Each row is one sample; a language model
+    gives one sample per token, and `per_row=1` keeps one random position per sequence, so that samples are independent as
+    certificates need. logits: keep the logits too (for method "temperature"). Raises `NotAttached`, `BadArgument`.
+    """
+    exits = find(model)
+    parts: list[dict[str, Tensor]] = []
+    generator = torch.Generator().manual_seed(seed)
+    with evaluating(model), paused(model), torch.no_grad():
+        for batch in track(batches(data, batch_size), "record", progress):
+            parts.append(_one(exits, batch, per_row, generator, logits))
+    if not parts or not sum(len(p["label"]) for p in parts):
+        raise BadArgument("the data holds no rows; give at least one batch")
+    return _join(exits, parts)
+
+
+def _one(exits: Exits, batch: Any, per_row: int | None, generator: torch.Generator, logits: bool) -> dict[str, Tensor]:
+    seen = exits.backbone.observe(batch, exits.at)
+    keep = _pick(seen.sample, per_row, generator) if per_row and seen.sample is not None else None
+    cut = (lambda t: t[keep.to(t.device)]) if keep is not None else (lambda t: t)
+    states = [cut(h) for h in seen.hidden]
+    final = cut(seen.final)
+    answers = [exits[d](h) for d, h in zip(exits.at, states, strict=True)]
+    answers.append(exits.backbone.context().readout(final))
+    columns = [confidence(a, STATISTICS) for a in answers]
+    one = {k: torch.stack([c[k] for c in columns], 1).cpu() for k in columns[0]}
+    chain = [*states, final]
+    near = [torch.full((len(final),), float("nan"), device=final.device)]
+    near += [cosine(b, a) for a, b in zip(chain[:-1], chain[1:], strict=True)]
+    one["cosine"] = torch.stack(near, 1).cpu()
+    if seen.position is not None:
+        one["position"] = cut(seen.position).cpu()
+    if seen.targets is not None:
+        targets = cut(seen.targets)
+        one["targets"] = targets.cpu()
+        losses = [torch.nn.functional.cross_entropy(a.float(), targets, reduction="none", ignore_index=-100) for a in answers]
+        one["losses"] = torch.stack(losses, 1).cpu()
+    if logits:
+        one["logits"] = torch.stack(answers, 1).float().cpu()
+    one["classes"] = torch.tensor([answers[0].shape[-1]])
+    return one
+
+
+def _pick(sample: Tensor, per_row: int, generator: torch.Generator) -> Tensor:
+    """Return the indices of `per_row` random places of each sample, in order."""
+    order = torch.rand(len(sample), generator=generator)
+    kept = []
+    for value in sample.cpu().unique():
+        places = (sample.cpu() == value).nonzero().squeeze(-1)
+        kept.append(places[order[places].argsort()[:per_row]])
+    return torch.cat(kept).sort().values
+
+
+def _join(exits: Exits, parts: list[dict[str, Tensor]]) -> Trace:
+    whole = {k: torch.cat([p[k] for p in parts]) for k in parts[0] if k != "classes"}
+    depth = exits.backbone.depth
+    depths = (*exits.at, depth)
+    return Trace(
+        depths=depths,
+        costs=torch.tensor([float(d) for d in depths]),
+        stats={k: whole[k] for k in ("top1", "margin", "entropy", "cosine")},
+        label=whole["label"],
+        targets=whole.get("targets"),
+        position=whole.get("position"),
+        losses=whole.get("losses"),
+        logits=whole.get("logits"),
+        classes=int(parts[0]["classes"]),
+        model_hash=fingerprint(exits),
+    )
+
+
+def track(items: Iterable[Any], what: str, show: bool, total: int | None = None) -> Iterator[Any]:
+    """Yield `items`, with a progress bar when `show`."""
+    if not show:
+        yield from items
+        return
+    from rich.progress import track as bar
+
+    yield from bar(items, description=what, total=total)

@@ -1,0 +1,112 @@
+"""The contract of an exit head, as one call: `check_head("name")` raises `ContractError` with what is wrong."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from offramp.attach import Exits, attach
+from offramp.fit import trainable
+from offramp.testing import ContractError
+from offramp.testing.toy import ToyModel, toy_plugin
+
+
+def check_head(name: str, model: nn.Module | None = None, **config: Any) -> None:
+    """Attach the head called `name` to `model` (default: a `ToyModel`) and check what every head promises.
+
+    Untrained it is the backbone's own readout; it keeps leading dimensions; the backbone's `state_dict` keys and
+    weights stay; its own state is complete, separate from the backbone and survives a round trip; what `fit` would
+    train gets a gradient and is saved. config: the head's options. Raises `ContractError`.
+    """
+    with toy_plugin() if model is None else nullcontext():
+        model = ToyModel() if model is None else model
+        model.eval()
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        with attach(model, [1, 2], name, **config) as exits:
+            _readout(exits)
+            _backbone_untouched(exits, before)
+            _round_trip(exits)
+            _gradient(exits)
+        if list(model.state_dict()) != list(before):
+            raise ContractError(f"head {name!r}: detach() leaves other state_dict keys than the model had")
+
+
+def _states(exits: Exits, *lead: int) -> torch.Tensor:
+    base = next(p for p in exits.model.parameters() if p.is_floating_point())
+    width = exits.backbone.context().width
+    return torch.randn(*lead, width, generator=torch.Generator().manual_seed(0)).to(base)
+
+
+@torch.no_grad()
+def _readout(exits: Exits) -> None:
+    context = exits.backbone.context()
+    for lead in ((3,), (1,), (0,), (2, 3)):
+        hidden = _states(exits, *lead)
+        out, lens = exits[1](hidden), context.readout(hidden)
+        if out.shape != (*lead, context.classes):
+            raise ContractError(
+                f"head {exits.head!r}: {tuple(hidden.shape)} gives {tuple(out.shape)}, not {(*lead, context.classes)}"
+            )
+        if not torch.allclose(out, lens, rtol=1e-4, atol=1e-5):
+            raise ContractError(
+                f"head {exits.head!r}: untrained it is not the backbone's own readout (off by "
+                f"{(out - lens).abs().max():g}); start its norm and projection from `base`, and added maps from zero"
+            )
+
+
+def _backbone_untouched(exits: Exits, before: dict[str, torch.Tensor]) -> None:
+    after = exits.model.state_dict()
+    odd = [k for k in after if k not in before and not k.startswith("exits.")]
+    gone = [k for k in before if k not in after]
+    if odd or gone:
+        raise ContractError(f"head {exits.head!r}: attach changed the backbone's state_dict keys: {(odd + gone)[:4]}")
+    for key, value in before.items():
+        if not torch.equal(after[key], value):
+            raise ContractError(f"head {exits.head!r}: attach changed the backbone's weight {key}")
+
+
+@torch.no_grad()
+def _round_trip(exits: Exits) -> None:
+    one, two = exits[1].own_state(), exits[2].own_state()
+    if not one:
+        raise ContractError(f"head {exits.head!r}: own_state() is empty, so nothing of it would be saved")
+    backbone = {v.data_ptr() for k, v in exits.model.state_dict().items() if not k.startswith("exits.")}
+    shared = [k for k, v in one.items() if v.numel() and v.data_ptr() in backbone]
+    if shared:
+        raise ContractError(f"head {exits.head!r}: own_state() holds the backbone's weights: {shared[:4]}")
+    if {k: v.shape for k, v in one.items()} != {k: v.shape for k, v in two.items()}:
+        raise ContractError(f"head {exits.head!r}: two heads of one width have different own_state()")
+    for value in one.values():
+        value.data.copy_(torch.randn(value.shape).to(value))
+    hidden = _states(exits, 4)
+    if torch.equal(exits[1](hidden), exits[2](hidden)):
+        raise ContractError(f"head {exits.head!r}: its own_state() does not change what it says")
+    for key, value in two.items():
+        value.data.copy_(one[key])
+    if not torch.equal(exits[1](hidden), exits[2](hidden)):
+        raise ContractError(f"head {exits.head!r}: a head with the own_state() of another says something else")
+
+
+def _gradient(exits: Exits) -> None:
+    own = {id(v) for depth in exits for v in exits[depth].own_state().values()}
+    wanted = trainable(exits)
+    if not wanted or {id(p) for p in wanted} - own:
+        raise ContractError(f"head {exits.head!r}: fit would train nothing, or weights that own_state() does not save")
+    flags = {p: p.requires_grad for p in exits.model.parameters()}
+    try:
+        for p in flags:
+            p.requires_grad_(any(p is w for w in wanted))
+        with torch.enable_grad():
+            out = sum(exits[depth](_states(exits, 4)).square().mean() for depth in exits)
+            if not isinstance(out, torch.Tensor) or not out.requires_grad:
+                raise ContractError(f"head {exits.head!r}: none of its own weights gets a gradient")
+            out.backward()
+        if any(p.grad is None for p in wanted):
+            raise ContractError(f"head {exits.head!r}: some of its own weights get no gradient")
+    finally:
+        for p, flag in flags.items():
+            p.requires_grad_(flag)
+            p.grad = None

@@ -1,0 +1,236 @@
+"""The trace: what every exit would have said on a data set, and policies replayed over it without a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.calibrator import Calibration
+from offramp.enable import make_policy
+from offramp.errors import BadArgument, DamagedFile
+from offramp.policy import Evidence, ExitPolicy
+
+FORMAT = 1
+#: a target that means "no label", as in torch.nn.functional.cross_entropy
+UNLABELLED = -100
+_OPTIONAL = ("targets", "position", "losses", "logits")
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What every exit said about N rows; column k is the exit at `depths[k]`, the last column the full model.
+
+    depths: K ascending depths in blocks, the attached exits and the full depth; costs: [K] cumulative cost of leaving
+    at each, by default in blocks; stats: [N, K] floats by name (top1, margin, entropy in nats, cosine with the
+    previous column, undefined in the first); label: [N, K] argmax; classes: of the prediction; targets: [N] true
+    labels, -100 for none; position: [N]; losses: [N, K] task loss; logits: [N, K, classes]; model_hash: of model and
+    heads. Tensors are kept on the CPU. Raises `BadArgument` when shapes disagree.
+    """
+
+    depths: tuple[int, ...]
+    stats: Mapping[str, Tensor]
+    label: Tensor
+    classes: int
+    costs: Tensor | None = None
+    targets: Tensor | None = None
+    position: Tensor | None = None
+    losses: Tensor | None = None
+    logits: Tensor | None = None
+    model_hash: str = ""
+
+    def __post_init__(self) -> None:
+        depths = tuple(int(d) for d in self.depths)
+        if len(depths) < 2 or list(depths) != sorted(set(depths)) or depths[0] < 1:
+            raise BadArgument(f"depths must be ascending and hold an exit and the full depth, not {list(depths)}")
+        costs = torch.tensor(depths) if self.costs is None else torch.as_tensor(self.costs)
+        keep = object.__setattr__
+        keep(self, "depths", depths)
+        keep(self, "costs", costs.detach().cpu().double())
+        keep(self, "label", self.label.detach().cpu())
+        keep(self, "stats", {k: v.detach().cpu() for k, v in sorted(self.stats.items())})
+        for name in _OPTIONAL:
+            if getattr(self, name) is not None:
+                keep(self, name, getattr(self, name).detach().cpu())
+        self._check()
+
+    def _check(self) -> None:
+        n, k = (len(self.label) if self.label.dim() else 0), len(self.depths)
+        wanted: dict[str, tuple[int, ...]] = {"label": (n, k), "costs": (k,), "targets": (n,), "position": (n,)}
+        wanted |= {"losses": (n, k), "logits": (n, k, self.classes), **{f"stats.{s}": (n, k) for s in self.stats}}
+        for name, tensor in self._arrays().items():
+            if tuple(tensor.shape) != wanted[name]:
+                raise BadArgument(
+                    f"{name} has shape {list(tensor.shape)}, expected {list(wanted[name])} (rows, depths)"
+                )
+
+    def _arrays(self) -> dict[str, Tensor]:
+        """Return every tensor by name, those of `stats` with a prefix."""
+        found = {"label": self.label, "costs": self.costs, **{n: getattr(self, n) for n in _OPTIONAL}}
+        found |= {f"stats.{k}": v for k, v in self.stats.items()}
+        return {k: v for k, v in found.items() if v is not None}
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def __getitem__(self, rows: Any) -> Trace:
+        """Return the trace of some rows: a slice, a list or tensor of indices, a bool mask, or one index."""
+        pick = [int(rows)] if isinstance(rows, Integral) else rows
+        if not isinstance(pick, slice):
+            pick = torch.as_tensor(pick, dtype=None if len(pick) else torch.long)
+        cut: dict[str, Any] = {n: getattr(self, n) for n in ("label", *_OPTIONAL)}
+        cut = {n: None if tensor is None else tensor[pick] for n, tensor in cut.items()}
+        stats = {k: v[pick] for k, v in self.stats.items()}
+        return Trace(self.depths, stats, classes=self.classes, costs=self.costs, model_hash=self.model_hash, **cut)
+
+    def __repr__(self) -> str:
+        have = ", ".join([*self.stats, *(n for n in _OPTIONAL if getattr(self, n) is not None)])
+        return f"Trace({len(self)} rows, depths={list(self.depths)}, {self.classes} classes: {have})"
+
+    @property
+    def data_hash(self) -> str:
+        """Return the sha256 of every array with its name, type and shape, of the depths and of the class count."""
+        digest = hashlib.sha256(repr((self.depths, self.classes)).encode())
+        for name, tensor in sorted(self._arrays().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def evidence(self, column: int, rows: Tensor) -> Evidence:
+        """Return what a policy would see at exit `column` for these rows [n] of indices."""
+        last = column == len(self.depths) - 2
+        stats = {k: v[rows, column] for k, v in self.stats.items()} | {"label": self.label[rows, column]}
+        logits = None if self.logits is None else self.logits[rows, column]
+        position = None if self.position is None else self.position[rows]
+        depth = self.depths[column]
+        return Evidence(column, depth, column == 0, last, None, logits, self.classes, position, stats)
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, atomically."""
+        from safetensors.torch import save
+
+        from offramp.checkpoint import write_bytes
+
+        body = {"format": FORMAT, "depths": self.depths, "classes": self.classes, "model_hash": self.model_hash}
+        tensors = {k: v.contiguous().clone() for k, v in self._arrays().items()}  # safetensors refuses shared memory
+        write_bytes(Path(path), save(tensors, {"trace": json.dumps({**body, "data_hash": self.data_hash})}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """Read what `save` wrote; raises `DamagedFile` when it is not that, whole and unchanged."""
+        from offramp.checkpoint import read_safetensors
+
+        tensors, metadata = read_safetensors(Path(path))
+        try:
+            body = json.loads(metadata["trace"])
+            newer = body["format"] > FORMAT
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedFile(
+                f"{path} is a safetensors file, but not a trace; write one with trace.save(path)"
+            ) from error
+        if newer:
+            raise DamagedFile(
+                f"{path} has trace format {body['format']}, this offramp reads up to {FORMAT}: "
+                "pip install -U offramp-core"
+            )
+        stats = {k.removeprefix("stats."): tensors.pop(k) for k in list(tensors) if k.startswith("stats.")}
+        try:
+            known = {f.name for f in fields(cls)}
+            trace = cls(
+                tuple(body["depths"]),
+                stats,
+                classes=body["classes"],
+                model_hash=body["model_hash"],
+                **{k: v for k, v in tensors.items() if k in known},
+            )
+            same = trace.data_hash == body["data_hash"]
+        except (BadArgument, KeyError, TypeError) as error:
+            raise DamagedFile(f"{path}: the trace is not complete ({error})") from error
+        if not same:
+            raise DamagedFile(f"{path}: its contents are not those it was saved with (data_hash differs)")
+        return trace
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a policy would have done to the rows of a trace.
+
+    depths: LongTensor [N] blocks run; columns: LongTensor [N] of the trace; labels: LongTensor [N] answers; depth_mean
+    in blocks; cost_mean in the trace's unit; saved = 1 - cost_mean / full cost; agreement: share of rows that answer
+    as the full model does; accuracy: share that is right among labelled rows, None without labels.
+    """
+
+    depths: Tensor
+    columns: Tensor
+    labels: Tensor
+    depth_mean: float
+    cost_mean: float
+    saved: float
+    agreement: float
+    accuracy: float | None
+
+    def __repr__(self) -> str:
+        right = "" if self.accuracy is None else f", accuracy={self.accuracy:.4f}"
+        return (
+            f"Outcome(saved={self.saved:.4f}, agreement={self.agreement:.4f}{right}, depth_mean={self.depth_mean:.2f})"
+        )
+
+
+def simulate(trace: Trace, policy: str | ExitPolicy | Calibration | Mapping[str, Any], **options: Any) -> Outcome:
+    """Drive a policy over a trace exactly as the live engine drives it over tensors, and return what comes out.
+
+    policy: as for `enable`: an object, a calibration, a config, or a name with its `options`. Rows whose evidence is
+    not finite never stop early. Raises `BadArgument` for an empty trace or a statistic the trace does not hold.
+    """
+    made = make_policy(policy, trace.depths[:-1], **options)
+    if not len(trace):
+        raise BadArgument("the trace has no rows, so nothing can be simulated; record one: offramp.record(model, data)")
+    columns = exit_columns(trace, made)
+    depths = torch.tensor(trace.depths)[columns]
+    labels = trace.label.gather(1, columns.unsqueeze(1)).squeeze(1)
+    costs = torch.as_tensor(trace.costs)
+    cost = float(costs[columns].mean())
+    accuracy = None
+    if trace.targets is not None and bool((labelled := trace.targets != UNLABELLED).any()):
+        accuracy = float((labels == trace.targets)[labelled].double().mean())
+    return Outcome(
+        depths=depths,
+        columns=columns,
+        labels=labels,
+        depth_mean=float(depths.double().mean()),
+        cost_mean=cost,
+        saved=1.0 - cost / float(costs[-1]),
+        agreement=float((labels == trace.label[:, -1]).double().mean()),
+        accuracy=accuracy,
+    )
+
+
+def exit_columns(trace: Trace, policy: ExitPolicy) -> Tensor:
+    """Return the column [N] at which each row leaves; the state of a row leaves with it, as in the live engine."""
+    held = {*trace.stats, "label"} | ({"prediction"} if trace.logits is not None else set())
+    if missing := policy.statistics() - held:
+        fix = "offramp.record(model, data, logits=True)" if "prediction" in missing else "offramp.record(model, data)"
+        raise BadArgument(
+            f"the trace does not hold {', '.join(sorted(missing))} (it has: {', '.join(sorted(held))}), which "
+            f"{type(policy).__name__} looks at; record it again: {fix}"
+        )
+    n, last = trace.label.shape[0], trace.label.shape[1] - 1
+    columns = torch.full((n,), last)
+    rows, state = torch.arange(n), policy.start(n, "cpu")
+    for column in range(last):
+        seen = trace.evidence(column, rows)
+        stop, state = policy.step(state, seen)
+        if "top1" in seen.stats:  # softmax makes every statistic of a row NaN at once, so one tells for all
+            stop = stop & seen.stats["top1"].isfinite()
+        columns[rows[stop]] = column
+        rows, state = rows[~stop], {k: v[~stop] for k, v in state.items()}
+        if not len(rows):
+            break
+    return columns

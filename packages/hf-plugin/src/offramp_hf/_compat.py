@@ -1,0 +1,159 @@
+"""Every touch of private or moving API of transformers, and nowhere else."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+
+# ---- generate -------------------------------------------------------------------------------------------------------
+
+#: arguments of `generate` that are not generation-config entries or model inputs
+_GENERATE = (
+    "inputs",
+    "generation_config",
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "synced_gpus",
+    "assistant_model",
+    "streamer",
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+    "custom_generate",
+    "trust_remote_code",
+    "tokenizer",
+    "assistant_tokenizer",
+)
+#: what the decoding loop knows how to carry from step to step
+_CARRIED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "encoder_outputs"}
+_CARRIED |= {"decoder_attention_mask"}
+
+
+def prepared_config(model: Any, given: Any, kwargs: dict[str, Any]) -> Any:
+    """Return the generation config that this call will use."""
+    rest = {k: v for k, v in kwargs.items() if k not in _GENERATE}
+    return type(model)._prepare_generation_config(model, given, **rest)[0]
+
+
+def why_not_mode(config: Any, args: Any, kwargs: dict[str, Any]) -> str | None:
+    """Return why this call cannot be decoded early, from its arguments alone; None when it can."""
+    from transformers.generation import GenerationMode
+
+    for name in ("custom_generate", "assistant_model", "negative_prompt_ids", "synced_gpus", "inputs_embeds"):
+        if kwargs.get(name) is not None:
+            return f"{name}="
+    mode = config.get_generation_mode(kwargs.get("assistant_model"))
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        return mode.value.replace("_", " ")
+    if config.cache_implementation not in (None, "dynamic", "dynamic_full"):
+        return f"cache_implementation={config.cache_implementation!r}"
+    if not config.use_cache:
+        return "use_cache=False"
+    if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
+        return "output_attentions or output_hidden_states"
+    if config.guidance_scale not in (None, 1):
+        return "guidance_scale"
+    if config.stop_strings is not None and "stop_strings" not in kwargs and kwargs.get("generation_config") is None:
+        return "stop_strings in model.generation_config (pass them to generate)"
+    return None
+
+
+def with_stop_strings(config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments with `stop_strings` turned into a stopping criterion: the framework forgets the tokenizer
+    when it is given a decoding loop."""
+    from transformers.generation import StoppingCriteriaList, StopStringCriteria
+
+    if config.stop_strings is None or kwargs.get("tokenizer") is None:
+        return kwargs
+    kwargs = dict(kwargs)
+    tokenizer = kwargs.pop("tokenizer")
+    strings = kwargs.pop("stop_strings", None) or config.stop_strings
+    given = kwargs.get("generation_config")
+    if given is not None and given.stop_strings is not None:
+        kwargs["generation_config"] = copy.deepcopy(given)
+        kwargs["generation_config"].stop_strings = None
+    criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
+    criteria.append(StopStringCriteria(stop_strings=strings, tokenizer=tokenizer))
+    kwargs["stopping_criteria"] = criteria
+    return kwargs
+
+
+def why_not_call(config: Any, processors: Any, inputs: dict[str, Any], ids: Any) -> str | None:
+    """Return why the prepared inputs cannot be decoded early; None when they can."""
+    odd = sorted(k for k, v in inputs.items() if k not in _CARRIED and v is not None)
+    if odd:
+        return f"model input {odd[0]}"
+    if ids.shape[1] == 0 or ids.shape[0] == 0:
+        return "an empty prompt or batch"
+    for one in processors:
+        if type(one).__name__ == "UnbatchedClassifierFreeGuidanceLogitsProcessor":
+            return "guidance_scale"
+        if type(one).__name__ == "PrefixConstrainedLogitsProcessor" and ids.shape[0] > 1:
+            return "prefix_allowed_tokens_fn with more than one row"
+    mask, position = inputs.get("attention_mask"), inputs.get("position_ids")
+    if position is not None and "encoder_outputs" not in inputs:
+        length = ids.shape[1] if mask is None else mask.sum(-1)
+        if not bool((position[:, -1] == length - 1).all()) and mask is not None:
+            return "position_ids that do not count the tokens"
+    return None
+
+
+def self_cache(inputs: dict[str, Any]) -> tuple[Any, Any]:
+    """Return (the cache as the model takes it, the part of it that holds the decoder's own tokens)."""
+    cache = inputs.get("past_key_values")
+    return cache, getattr(cache, "self_attention_cache", cache)
+
+
+def with_self_cache(inputs: dict[str, Any], window: Any) -> Any:
+    """Return what the model takes as cache, with `window` in the place of the decoder's own part."""
+    cache = inputs["past_key_values"]
+    if not hasattr(cache, "cross_attention_cache"):
+        return window
+    from transformers.cache_utils import EncoderDecoderCache
+
+    return EncoderDecoderCache(window, cache.cross_attention_cache)
+
+
+def prefill(model: Any, ids: Any, config: Any, inputs: dict[str, Any]) -> Any:
+    """Run the framework's own prefill and return logits [batch, n, classes]."""
+    return model._prefill(ids, config, inputs).logits
+
+
+def step_inputs(inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return (the decoder's padding mask [batch, slots] or None, inputs to repeat at every step)."""
+    if inputs.get("encoder_outputs") is None:
+        return inputs.get("attention_mask"), {}
+    again = {"encoder_outputs": inputs["encoder_outputs"], "attention_mask": inputs.get("attention_mask")}
+    return inputs.get("decoder_attention_mask"), again
+
+
+def own_loop(
+    model: Any, ids: Any, processors: Any, criteria: Any, config: Any, streamer: Any, inputs: dict[str, Any]
+) -> Any:
+    """Run the framework's own greedy or sampling loop on prepared inputs."""
+    return type(model)._sample(
+        model,
+        ids,
+        logits_processor=processors,
+        stopping_criteria=criteria,
+        generation_config=config,
+        streamer=streamer,
+        **inputs,
+    )
+
+
+def output(model: Any, rows: Any, config: Any, inputs: dict[str, Any], cache: Any) -> Any:
+    """Return what `generate` returns: ids, or the framework's output object."""
+    ids = rows.result()
+    if not config.return_dict_in_generate:
+        return ids
+    from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
+
+    scores = rows.steps(rows.scores) if rows.keep_scores else None
+    logits = rows.steps(rows.logits) if rows.keep_logits else None
+    if not model.config.is_encoder_decoder:
+        return GenerateDecoderOnlyOutput(sequences=ids, scores=scores, logits=logits, past_key_values=cache)
+    if hasattr(cache, "is_updated"):
+        cache.is_updated = {i: True for i in range(len(cache.cross_attention_cache.layers))}
+    return GenerateEncoderDecoderOutput(sequences=ids, scores=scores, logits=logits, past_key_values=cache)

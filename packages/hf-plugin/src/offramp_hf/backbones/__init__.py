@@ -1,0 +1,1 @@
+"""Backbones by the shape of the block stack, not by model name."""

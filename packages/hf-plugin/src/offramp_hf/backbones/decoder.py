@@ -1,0 +1,280 @@
+"""Decoder-only language models, understood by their structure: one list of blocks, a norm, an unembedding."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.backbone import Backbone, Observed, Tap, Undo
+from offramp.blocks import Call, Chain, learn_spec
+from offramp.enable import Run
+from offramp.errors import BadArgument, UnsupportedModel
+from offramp.head import HeadContext
+
+
+class Finish:
+    """What a model does to its logits after the projection: nothing, a scale, or a soft cap."""
+
+    def __init__(self, scale: float = 1.0, cap: float | None = None) -> None:
+        self.scale, self.cap = scale, cap
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return the finished logits, same shape."""
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+    @classmethod
+    def candidates(cls, config: Any) -> Iterator[Finish]:
+        """Yield what the config allows; which one it is, a probe decides."""
+        yield cls()
+        if getattr(config, "final_logit_softcapping", None):
+            yield cls(cap=config.final_logit_softcapping)
+        for name, power in (("logit_scale", 1), ("logits_scaling", -1)):
+            if getattr(config, name, None):
+                yield cls(scale=float(getattr(config, name)) ** power)
+
+
+def block_list(root: nn.Module, depth: int | None, skip: str = "") -> tuple[str, nn.ModuleList]:
+    """Return the outermost module list of `depth` blocks under `root`; raises `UnsupportedModel` when there is not one."""
+    lists = [(n, m) for n, m in root.named_modules() if isinstance(m, nn.ModuleList) and not n.startswith("exits")]
+    if skip:
+        lists = [(n, m) for n, m in lists if not n.startswith(skip)]
+    outer = [(n, m) for n, m in lists if not any(n.startswith(o + ".") for o, _ in lists)]
+    fitting = [(n, m) for n, m in outer if len(m) == depth] if depth else outer
+    if len(fitting) != 1 or len(fitting[0][1]) < 2:
+        found = ", ".join(f"{n} ({len(m)})" for n, m in outer) or "none"
+        raise UnsupportedModel(
+            f"{type(root).__name__}: expected one list of {depth or 'two or more'} blocks, found module lists: {found}"
+        )
+    return fitting[0]
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Probe in eval mode without touching the random state; the mode of every module is put back."""
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+class Decoder(Backbone):
+    """A causal language model of the transformers library; `names`, readout and calls are found by running it once."""
+
+    kind = "decoder-only"
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.config = self._config()
+        name, blocks = self._blocks()
+        self.blocks = list(blocks)
+        self.names = [f"{name}.{i}" for i in range(len(self.blocks))]
+        if not callable(getattr(model, "get_output_embeddings", None)) or model.get_output_embeddings() is None:
+            raise UnsupportedModel(f"{type(model).__name__} has no unembedding; a language model head is needed")
+        with quiet(model):
+            spec, calls = learn_spec(self.blocks, lambda n: self._probe(n, 5))
+            self._chain = Chain(self.blocks, spec)
+            self.width = calls[0].hidden.shape[-1]
+            self._context = self._find_readout()
+
+    def _config(self) -> Any:
+        config = self.model.config
+        return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+    def _blocks(self) -> tuple[str, nn.ModuleList]:
+        return block_list(self.model, getattr(self.config, "num_hidden_layers", None))
+
+    def _ids(self, rows: int, length: int) -> Tensor:
+        device = self.model.get_input_embeddings().weight.device
+        low = min(8, self.config.vocab_size - 1)
+        return (torch.arange(rows * length, device=device) % max(1, self.config.vocab_size - low) + low).view(rows, length)
+
+    def _probe(self, rows: int, length: int) -> Any:
+        ids = self._ids(rows, length)
+        mask = torch.ones_like(ids)
+        mask[0, 0] = 0  # with padding, so that masks are made and seen to carry the batch
+        return self.model(input_ids=ids, attention_mask=mask, use_cache=False)
+
+    def _find_readout(self) -> HeadContext:
+        """Find what runs between the last block and the logits, and prove it on a probe."""
+        model, unembed = self.model, self.model.get_output_embeddings()
+        inside = {m for b in self.blocks for m in b.modules()}
+        after: list[nn.Module] = []
+        seen: dict[str, Tensor] = {}
+
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            if module is self.blocks[-1]:
+                after.clear()
+                seen["hidden"] = output[0] if isinstance(output, tuple) else output
+            elif "hidden" in seen and isinstance(output, Tensor):
+                after.append(module)
+
+        watched = [m for m in model.modules() if m not in inside and not any(c in self.blocks for c in m.modules())]
+        handles = [m.register_forward_hook(note) for m in [*watched, self.blocks[-1]]]
+        try:
+            logits = self._probe(2, 5).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+        outer = [m for m in after if not any(m is not o and m in set(o.modules()) for o in after)]
+        before = [m for m in outer if m is not unembed and not isinstance(m, nn.Dropout)]
+        norm = before[0] if len(before) == 1 else nn.Sequential(*before)
+        for finish in self._finishes():
+            context = HeadContext(norm, unembed, finish, seen["hidden"].shape[-1], logits.shape[-1])
+            if torch.allclose(context.readout(seen["hidden"]), logits, rtol=1e-3, atol=1e-4, equal_nan=True):
+                return context
+        names = ", ".join(type(m).__name__ for m in [*before, unembed])
+        raise UnsupportedModel(
+            f"{type(model).__name__}: its logits are not {names} applied to the last block's state; its readout is not understood"
+        )
+
+    def _finishes(self) -> Iterator[Any]:
+        yield from Finish.candidates(self.config)
+
+    def taps(self) -> Sequence[Tap]:
+        """Return every tap; states are [batch, token, width]."""
+        return [Tap(n, i + 1, self.width, "batch token width") for i, n in enumerate(self.names)]
+
+    def context(self) -> HeadContext:
+        """Return final norm, unembedding and what follows it."""
+        return self._context
+
+    def chain(self) -> Chain:
+        """Return the decoder blocks."""
+        return self._chain
+
+    def pool(self, hidden: Tensor) -> Tensor:
+        """Return one row per token: [batch, token, width] -> [batch * token, width]."""
+        return hidden.reshape(-1, hidden.shape[-1])
+
+    def batch(self, batch: Any) -> dict[str, Tensor]:
+        """Return a batch of the user's data as keyword arguments on the model's device: a tensor of ids, or a mapping."""
+        if isinstance(batch, Tensor):
+            batch = {"input_ids": batch}
+        if isinstance(batch, (list, tuple)) and len(batch) == 1:
+            return self.batch(batch[0])
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            raise BadArgument(f"a batch for {type(self.model).__name__} is ids [rows, tokens] or a dict with input_ids")
+        device = self.model.get_input_embeddings().weight.device
+        return {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
+
+    def call(self, batch: Any) -> Any:
+        """Run the model's own forward."""
+        return self.model(**self.batch(batch))
+
+    def observe(self, batch: Any, depths: Sequence[int]) -> Observed:
+        """Return one row per token that is not padding; with `labels`, the targets are the next tokens."""
+        inputs = self.batch(batch)
+        labels = inputs.pop("labels", None)
+        mask = inputs.get("attention_mask")
+        keep = torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+        position = (keep.long().cumsum(-1) - 1).clamp(min=0)
+        targets = None
+        if labels is not None:
+            targets = torch.full_like(labels, -100)
+            targets[:, :-1] = labels[:, 1:]
+            keep = keep & (targets != -100)
+        with torch.no_grad(), self._chain.capture([*depths, self.depth]) as states:
+            self.model(**inputs, use_cache=False, **self._cheap_logits())
+        sample = torch.arange(len(keep), device=keep.device)[:, None].expand_as(keep)
+        return Observed(
+            [states[d][keep] for d in depths],
+            states[self.depth][keep],
+            None if targets is None else targets[keep],
+            position[keep],
+            sample[keep],
+        )
+
+    def _cheap_logits(self) -> dict[str, Any]:
+        keeps = getattr(self.model, "_supports_logits_to_keep", None)
+        return {"logits_to_keep": 1} if keeps is not None and keeps() else {}
+
+    def flag(self) -> Mapping[str, Any] | None:
+        """Return `early_exit` of the model's config or of its generation config."""
+        for config in (self.model.config, getattr(self.model, "generation_config", None)):
+            found = getattr(config, "early_exit", None)
+            if isinstance(found, Mapping):
+                return found
+        return None
+
+    def drive(self, run: Run) -> Undo:
+        """Take over `model.generate` for as long as `run` is enabled."""
+        from offramp_hf.decode.intercept import Generation
+
+        return Generation(run).install()
+
+    def calls(self, ids: Tensor, **inputs: Any) -> list[Call]:
+        """Return how the model would call each block on `ids`, without running any."""
+        made: list[Call] = []
+
+        def handler(index: int, call: Call) -> Any:
+            made.append(call)
+            return call.skip()
+
+        undo = self._chain.install(handler)
+        try:
+            self.model(input_ids=ids, **inputs, **self._cheap_logits())
+        finally:
+            undo()
+        return made
+
+    mask_name = "attention_mask"
+
+    def takes(self, name: str) -> bool:
+        """Whether the model's forward has an argument of this name."""
+        return name in inspect.signature(type(self.model).forward).parameters
+
+    def forward(self, tokens: Tensor, cache: Any, inputs: dict[str, Any]) -> Any:
+        """Run the model's own forward on new tokens with a cache."""
+        return self.model(input_ids=tokens, past_key_values=cache, use_cache=True, **inputs, **self._cheap_logits())
+
+    def skipped(self, index: int, call: Call, cache: Any) -> Any:
+        """Return what a skipped block hands on."""
+        return call.skip()
+
+    def argument_names(self, call: Call) -> list[str]:
+        """Return the names of a block call's positional arguments."""
+        return list(inspect.signature(type(self.blocks[0]).forward).parameters)[1:]
+
+    def runner(self, cache: Any, rows: int, padded: bool, inputs: dict[str, Any]) -> Any:
+        """Return the fastest way to run windows that a probe has shown to be exact for this model."""
+        from offramp_hf.decode.runner import Direct, Through
+
+        if rows == 1 and not padded and not inputs and self.direct_fits:
+            return Direct(self, cache)
+        return Through(self, cache, inputs)
+
+    @cached_property
+    def direct_fits(self) -> bool:
+        """Whether running the blocks directly gives the model's own logits: three tokens, then two, then one."""
+        from offramp_hf.cache import GrowingLayer, WindowCache
+        from offramp_hf.decode.runner import Direct, Place, Unfit
+
+        devices = {p.device for p in self.model.parameters()}
+        if len(devices) != 1:
+            return False
+        ids, place = self._ids(1, 6), Place(None, None)
+        try:
+            with quiet(self.model):
+                full = self.model(input_ids=ids, use_cache=False).logits
+                direct = Direct(self, WindowCache([GrowingLayer() for _ in self.blocks]))
+                parts = []
+                for at in (slice(0, 3), slice(3, 5), slice(5, 6)):
+                    state = direct.window(ids[:, at], 0, 1, None, place)
+                    parts.append(direct.window(ids[:, at], 1, self.depth, state, place))
+                logits = self._context.readout(torch.cat(parts, 1))
+        except (Unfit, TypeError, RuntimeError):
+            return False
+        low = full.dtype in (torch.float16, torch.bfloat16)
+        return bool(torch.allclose(logits, full, rtol=5e-2 if low else 1e-3, atol=5e-2 if low else 1e-4))

@@ -1,0 +1,1 @@
+"""Decoding drivers: how `generate` runs when exits are enabled."""

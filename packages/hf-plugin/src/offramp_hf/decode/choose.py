@@ -1,0 +1,71 @@
+"""Choose tokens from logits as the framework does, and accept or replace drafted ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Chooser:
+    """The framework's logits processors followed by argmax or sampling, and the acceptance rules of speculation.
+
+    processors: a `LogitsProcessorList`; sample: whether `do_sample` is set.
+    """
+
+    def __init__(self, processors: Any, sample: bool) -> None:
+        self.processors, self.sample = processors, sample
+        self.plain = not len(processors)
+
+    def scores(self, prefix: Tensor, logits: Tensor) -> Tensor:
+        """Return processed scores in float32. prefix: [rows, length]; logits: [rows, classes]."""
+        if self.plain:
+            return logits.float()
+        with torch.inference_mode(False), torch.no_grad():  # user code gets ordinary tensors
+            out: Tensor = self.processors(prefix, logits.to(torch.float32, copy=True))
+        return out
+
+    def pick(self, scores: Tensor) -> Tensor:
+        """Return one token per row. scores: [rows, classes]."""
+        if not self.sample:
+            return scores.argmax(-1)
+        return torch.multinomial(scores.softmax(-1), 1).squeeze(1)
+
+    def judge(
+        self, prefix: Tensor, drafts: list[int], logits: Tensor, guesses: list[Tensor]
+    ) -> tuple[list[int], list[Tensor]]:
+        """Return the tokens that one row really gets, and their scores: accepted drafts and one more.
+
+        prefix: [1, length]; logits: [drafts + 1, classes] of the full model; guesses: scores [1, classes] that each draft
+        was chosen from. Greedy: drafts are kept while they are the full model's choice. Sampling: a draft x is kept with
+        probability min(1, p(x) / q(x)), else replaced by a draw from max(0, p - q) (arXiv 2211.17192), so that every token
+        has the full model's distribution.
+        """
+        tokens: list[int] = []
+        kept: list[Tensor] = []
+        for i in range(len(drafts) + 1):
+            scores = self.scores(prefix, logits[i : i + 1])
+            kept.append(scores)
+            if i == len(drafts):
+                tokens.append(int(self.pick(scores)))
+                break
+            token, same = self._one(scores, drafts[i], guesses[i] if self.sample else None)
+            tokens.append(token)
+            if not same:
+                break
+            if not self.plain:
+                prefix = torch.cat([prefix, prefix.new_tensor([[token]])], 1)
+        return tokens, kept
+
+    def _one(self, scores: Tensor, draft: int, guess: Tensor | None) -> tuple[int, bool]:
+        if guess is None:
+            token = int(scores.argmax(-1))
+            return token, token == draft
+        p, q = scores.softmax(-1)[0], guess.softmax(-1)[0]
+        if float(torch.rand((), device=p.device)) * float(q[draft]) < float(p[draft]):
+            return draft, True
+        rest = (p - q).clamp(min=0)
+        # p == q up to rounding leaves nothing: any draw from p has the right distribution then
+        rest = rest if float(rest.sum()) > 0 else p
+        return int(torch.multinomial(rest, 1)), False

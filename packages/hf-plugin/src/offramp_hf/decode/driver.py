@@ -1,0 +1,125 @@
+"""The windowed decoder: new tokens climb from exit to exit and wait there; deeper blocks run later, on all of them at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.enable import Run
+from offramp.engine import look
+from offramp.head import ExitHead
+from offramp.policy import Evidence
+from offramp_hf.cache import WindowCache
+from offramp_hf.decode.choose import Chooser
+from offramp_hf.decode.rows import Rows
+from offramp_hf.decode.runner import Place
+
+
+class Driver:
+    """What both ways of decoding share: levels, waiting states, and the slots of the cache.
+
+    Level i < len(exits) is exit i; the last level is the full model. Tokens that wait at a level are a run of neighbours, and
+    later ones than those at deeper levels, so every block sees the tokens in order and its keys and values are exact.
+    """
+
+    def __init__(self, run: Run, rows: Rows, chooser: Chooser, runner: Any, cache: WindowCache, mask: Tensor | None) -> None:
+        self.run, self.rows, self.chooser, self.runner, self.cache = run, rows, chooser, runner, cache
+        self.depths = (*run.exits.at, run.backbone.depth)
+        self.last = len(run.exits.at)
+        self.heads: list[ExitHead] = [run.exits[d] for d in run.exits.at]
+        self.context = run.backbone.context()
+        self.needs = run.policy.statistics()
+        position = None if mask is None else mask.sum(-1)
+        self.place = Place(mask, position)
+        self.slots = cache.shortest()
+        self.waiting: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.depths]
+
+    def newest(self) -> Tensor:
+        """Return the newest token of every row, [batch, 1]: the only one that no block has seen."""
+        if self.rows.batch == 1 or self.rows.level:
+            at = self.rows.length[0] - 1
+            return self.rows.ids[:, at : at + 1]
+        at_rows = torch.tensor(self.rows.length, device=self.rows.ids.device)[:, None] - 1
+        return self.rows.ids.gather(1, at_rows)
+
+    def window(self, tokens: Tensor, low: int, high: int, hidden: Tensor | None, frozen: Any = None) -> Tensor:
+        """Run the blocks between two levels (low -1: from the embeddings) and count them."""
+        start = 0 if low < 0 else self.depths[low]
+        stop = self.depths[high]
+        state: Tensor = self.runner.window(tokens, start, stop, hidden, self.place, frozen)
+        self.run.stats.blocks_run += (stop - start) * self.rows.batch
+        if high == self.last:
+            self.run.stats.rounds += 1
+        return state
+
+    def enter(self, tokens: Tensor, level: int) -> Tensor:
+        """Bring new tokens [batch, 1] to `level`, where they wait; returns their state [batch, 1, width]."""
+        state = self.window(tokens, -1, level, None)
+        self.waiting[level].append((tokens, state))
+        return state
+
+    def climb(self, low: int, high: int, frozen: Any = None) -> Tensor:
+        """Bring everything that waits at level `low` to level `high`; returns the newest state [batch, 1, width]."""
+        tokens, states = _join(self.waiting[low])
+        self.waiting[low] = []
+        state = self.window(tokens, low, high, states, frozen)
+        self.waiting[high].append((tokens, state))
+        return state[:, -1:]
+
+    def finish(self) -> Tensor:
+        """Bring everything that waits through the full model; returns the last states [batch, n, width] in order."""
+        for low in range(self.last):
+            if self.waiting[low]:
+                high = next(j for j in range(low + 1, self.last + 1) if self.waiting[j] or j == self.last)
+                self.climb(low, high)
+        state = _join(self.waiting[self.last])[1]
+        self.waiting[self.last] = []
+        return state
+
+    def look(self, index: int, state: Tensor, previous: Tensor | None, position: Tensor) -> Evidence:
+        """Return the evidence of exit `index` for the newest tokens. state: [batch, 1, width]."""
+        hidden = state[:, -1]
+        prediction = self.heads[index](hidden) if self.needs - {"cosine"} else None
+        return look(self.run, index, hidden, previous, position, prediction)
+
+    def positions(self) -> Tensor:
+        """Return how many tokens each row has generated, int64 [batch]."""
+        return torch.tensor(self.rows.length, device=self.rows.ids.device) - self.rows.prompt
+
+    def keep(self, new: int, kept: list[int]) -> None:
+        """Keep the first `kept[row]` of the `new` newest slots of each row; every row ends at the same slot again.
+
+        Rows that keep fewer are moved right and padded left: positions live in the keys, so moving slots changes nothing.
+        """
+        most = max(kept)
+        total = self.slots + most
+        self.cache.crop_to(total)
+        place = self.place
+        if min(kept) != most or place.mask is not None:
+            device = self.rows.ids.device
+            counts = torch.tensor(kept, device=device)
+            base = torch.ones((len(kept), self.slots), dtype=torch.long, device=device)
+            mask = torch.cat([base if place.mask is None else place.mask[:, : self.slots], base.new_ones((len(kept), most))], 1)
+            if min(kept) != most:
+                shift = (most - counts)[:, None]
+                index = torch.arange(total, device=device)[None] - shift
+                mask = mask.gather(1, index.clamp(min=0)) * (index >= 0)
+                for layer in self.cache.layers:
+                    layer.gather(index.clamp(min=0))
+            place.position = mask.sum(-1)
+            place.mask = mask
+        self.slots = total
+
+    def widen(self, new: int) -> None:
+        """Let the mask cover `new` more slots; they are all seen."""
+        mask = self.place.mask
+        if mask is not None and mask.shape[1] < self.slots + new:
+            self.place.mask = torch.cat([mask, mask.new_ones((len(mask), self.slots + new - mask.shape[1]))], 1)
+
+
+def _join(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([t for t, _ in parts], 1), torch.cat([s for _, s in parts], 1)

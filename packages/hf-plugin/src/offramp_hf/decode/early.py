@@ -1,0 +1,79 @@
+"""Lossy: a token is taken from the first exit that the policy accepts; deeper keys and values come later or by projection."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from offramp.engine import decide
+from offramp_hf.decode.driver import Driver
+
+
+class Early(Driver):
+    """One token per row and step. kv="catch_up": deep blocks run on all waiting tokens when some row needs them (FREE,
+    arXiv 2310.05424; EE-LLM); kv="propagate": the exit state goes through each deeper block's own key and value projections
+    (CALM, arXiv 2207.07061)."""
+
+    def generate(self) -> None:
+        """Run steps until every row has stopped, then leave the cache exact."""
+        while not self.rows.done:
+            self.step()
+        if any(self.waiting):
+            self.finish()
+
+    def step(self) -> None:
+        """Decide one token per row."""
+        self.widen(1)
+        tokens = self.newest()
+        dead = torch.tensor([not self.rows.live(r) for r in range(self.rows.batch)], device=tokens.device)
+        state = self.enter(tokens, 0)
+        stopped, answer, depths, level = self.exits(state, dead)
+        if level is None:
+            final = self.finish()[:, -1]
+            full = self.context.readout(final)
+            answer = full if answer is None else torch.where(stopped[:, None], answer, full)
+        elif self.run.options.kv == "propagate":
+            self.store(level)
+        self.slots += 1
+        if self.place.position is not None:
+            self.place.position = self.place.position + 1
+        if answer is None:  # every row had ended before; nothing of this is kept
+            return
+        prefix = self.rows.ids[:, : self.rows.length[0]]
+        scores = self.chooser.scores(prefix, answer)
+        self.rows.commit_all(self.chooser.pick(scores), depths.tolist(), scores, answer.float())
+
+    def exits(self, state: Tensor, dead: Tensor) -> tuple[Tensor, Tensor | None, Tensor, int | None]:
+        """Ask the exits in turn. Returns (rows that stopped, their logits, depth per row, level reached or None for full)."""
+        policy, batch = self.run.policy, self.rows.batch
+        memory = policy.start(batch, state.device)
+        position = self.positions()
+        stopped, answer, previous = dead, None, None
+        depths = torch.full((batch,), self.depths[-1], device=state.device)
+        for level in range(self.last):
+            if level:
+                frozen = (stopped, state) if self.run.options.kv == "propagate" and batch > 1 else None
+                state = self.climb(level - 1, level, frozen)
+            seen = self.look(level, state, previous, position)
+            stop, memory, finite = decide(policy, memory, seen)
+            previous = seen.hidden
+            new = stop & ~stopped
+            some, every, bad = torch.stack([new.any(), (stopped | new).all(), (~finite).sum()]).tolist()
+            self.run.stats.nonfinite += bad
+            if some:
+                made = self.heads[level](state[:, -1]) if seen.prediction is None else seen.prediction
+                answer = made if answer is None else torch.where(new[:, None], made, answer)
+                depths = torch.where(new, self.depths[level], depths)
+                stopped = stopped | new
+            if every:
+                return stopped, answer, depths, level
+        if self.run.options.kv == "propagate" and batch > 1 and bool(stopped.any()):
+            self.climb(self.last - 1, self.last, (stopped, state))
+        return stopped, answer, depths, None
+
+    def store(self, level: int) -> None:
+        """Store keys and values of what waits at `level` in every deeper block."""
+        tokens, state = self.waiting[level][0]
+        self.waiting[level] = []
+        self.runner.fill(tokens, self.depths[level], state, self.place)
+        self.run.stats.projected += (self.depths[-1] - self.depths[level]) * self.rows.batch

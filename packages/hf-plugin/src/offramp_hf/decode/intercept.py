@@ -1,0 +1,148 @@
+"""Take over `model.generate`: the framework prepares and checks everything, the windowed decoder runs the loop."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.enable import Options, Run, make_policy, parse_flag
+from offramp.errors import OfframpError
+from offramp.policy import ExitPolicy
+from offramp_hf import _compat
+from offramp_hf.cache import WindowCache, borrowed, why_not
+from offramp_hf.decode.choose import Chooser
+from offramp_hf.decode.early import Early
+from offramp_hf.decode.rows import Rows
+from offramp_hf.decode.verified import Verified
+
+
+class Unsupported(OfframpError, RuntimeError):
+    """What was asked cannot be decoded early, and `strict=True` forbids the full model."""
+
+
+class Generation:
+    """The hook on `model.generate`; a bound method is installed, so a deep copy of the model has its own."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.model = run, run.model
+        self.warned: set[str] = set()
+
+    def install(self) -> Any:
+        """Put `generate` on the instance; returns the undo."""
+        self.previous = self.model.__dict__.get("generate")
+        self.original = self.model.generate
+        self.model.__dict__["generate"] = self.generate
+        return self.uninstall
+
+    def uninstall(self) -> None:
+        """Put back exactly what was there."""
+        if self.previous is None:
+            self.model.__dict__.pop("generate", None)
+        else:
+            self.model.__dict__["generate"] = self.previous
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as the framework's method does, early where the policy allows it; same arguments, same return."""
+        run = self.run
+        given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        flag = getattr(given, "early_exit", None)
+        policy, options = (run.policy, run.options) if flag is None else self.override(flag)
+        if run.paused or getattr(type(policy), "name", "") == "never":
+            return self.original(*args, **kwargs)
+        config = _compat.prepared_config(self.model, given, kwargs)
+        reason = _compat.why_not_mode(config, args, kwargs)
+        if reason is not None:
+            self.fall_back(reason, options)
+            return self.original(*args, **kwargs)
+        call = Call(self, policy, options, kwargs.get("streamer"))
+        return self.original(*args, **_compat.with_stop_strings(config, kwargs), custom_generate=call.decode)
+
+    def override(self, flag: Mapping[str, Any]) -> tuple[ExitPolicy, Options]:
+        """Return policy and options of a per-call `generation_config.early_exit`."""
+        config, options, _ = parse_flag(flag)
+        return make_policy(config, self.run.exits.at), options
+
+    def fall_back(self, reason: str, options: Options) -> None:
+        """Say once why the full model runs, or raise with `strict=True`."""
+        message = f"early exit is off for this call: {reason}; the full model generates"
+        if options.strict:
+            raise Unsupported(f"{reason} cannot be decoded early, and strict=True forbids the full model")
+        if reason not in self.warned:
+            self.warned.add(reason)
+            warnings.warn(message, UserWarning, stacklevel=4)
+
+
+class Call:
+    """One `generate` call: the loop that the framework calls in place of its own."""
+
+    def __init__(self, owner: Generation, policy: ExitPolicy, options: Options, streamer: Any) -> None:
+        self.owner, self.streamer = owner, streamer
+        run = owner.run
+        self.run = run
+        if policy is not run.policy or options is not run.options:
+            self.run = Run(run.exits, policy, options)
+            self.run.stats, self.run.memory = run.stats, run.memory
+
+    def decode(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        generation_config: Any = None,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Run the loop; the arguments are those of the framework's own sampling loop."""
+        backbone, longest = self.run.backbone, generation_config.max_length
+        whole, cache = _compat.self_cache(model_kwargs)
+        reason = _compat.why_not_call(generation_config, logits_processor, model_kwargs, input_ids)
+        reason = reason or why_not(cache, backbone.depth, longest)
+        if reason is not None:
+            self.owner.fall_back(reason, self.run.options)
+            return _compat.own_loop(
+                model, input_ids, logits_processor, stopping_criteria, generation_config, self.streamer, model_kwargs
+            )
+        keep = [bool(generation_config.return_dict_in_generate and f) for f in (generation_config.output_scores, generation_config.output_logits)]
+        rows = Rows(input_ids, stopping_criteria, longest, generation_config._pad_token_tensor, self.streamer, keep)
+        chooser = Chooser(logits_processor, generation_config.do_sample)
+        wanted = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+        with borrowed(cache, backbone.depth, wanted) as window:
+            model_kwargs["past_key_values"] = _compat.with_self_cache(model_kwargs, window)
+            self.loop(model, rows, chooser, generation_config, model_kwargs, window)
+        self.count(rows)
+        return _compat.output(model, rows, generation_config, model_kwargs, whole)
+
+    def loop(self, model: Any, rows: Rows, chooser: Chooser, config: Any, inputs: dict[str, Any], cache: WindowCache) -> None:
+        """Prefill with the full model, take the first token from it, then decode in windows."""
+        run = self.run
+        first = _compat.prefill(model, rows.ids[:, : rows.prompt], config, inputs)[:, -1]
+        run.stats.blocks_run += run.backbone.depth * rows.batch
+        run.stats.rounds += 1
+        scores = chooser.scores(rows.ids[:, : rows.prompt], first)
+        rows.commit_all(chooser.pick(scores), [run.backbone.depth] * rows.batch, scores, first.float())
+        if rows.done:
+            return
+        mask, extra = _compat.step_inputs(inputs)
+        padded = mask is not None and not bool(mask.all())
+        runner = run.backbone.runner(cache, rows.batch, padded, extra)
+        driver = (Verified if run.options.verify else Early)(
+            run, rows, chooser, runner, cache, mask if padded else None
+        )
+        with torch.inference_mode() if runner.inference else nullcontext():
+            driver.generate()
+
+    def count(self, rows: Rows) -> None:
+        """Add this call to the statistics of the run."""
+        stats = self.run.stats
+        depths = torch.tensor([d for row in rows.depths for d in row], dtype=torch.long)
+        stats.last_depths = depths
+        stats.count(depths)
+        stats.tokens += depths.numel()
+        stats.blocks_full += self.run.backbone.depth * rows.batch * (max(rows.length) - rows.prompt)

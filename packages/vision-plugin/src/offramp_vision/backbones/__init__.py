@@ -1,0 +1,1 @@
+"""Backbones of timm models, found by structure."""

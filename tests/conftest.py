@@ -1,0 +1,14 @@
+"""What every test gets: no hub, and the same random numbers each time."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any framework is imported: they read it once
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Each test starts from the same seed, whatever ran before it."""
+    torch.manual_seed(0)

@@ -1,0 +1,136 @@
+"""Learn-then-Test: the walk by hand, and the promise itself, checked on a population whose risk is known exactly."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binom
+
+import offramp
+from offramp import Trace
+from offramp.policy import UNIT_GRID
+from offramp.testing.calibrators import toy_trace
+
+
+def one_exit(top1, wrong, **more):
+    """A trace with one exit: its confidence, and whether it disagrees with the full model."""
+    n = len(top1)
+    label = torch.stack([torch.as_tensor(wrong).long(), torch.zeros(n, dtype=torch.long)], 1)
+    table = torch.stack([torch.as_tensor(top1, dtype=torch.float32), torch.ones(n)], 1)
+    return Trace((1, 2), {"top1": table}, label, 2, **more)
+
+
+def test_the_walk_by_hand():
+    """100 rows at .95 that agree, 20 at .855 of which 10 do not: with alpha .05, n 120, the walk ends before .85."""
+    trace = one_exit([0.95] * 100 + [0.855] * 20, [0] * 110 + [1] * 10, model_hash="m")
+    cal = offramp.calibrate(trace, "confidence", alpha=0.05, delta=0.05)
+    assert cal.policy == offramp.policy("confidence", threshold=0.86)
+    certificate = cal.certificate
+    assert certificate.p_value == pytest.approx(0.95**120)  # no loss at .86
+    assert binom.cdf(10, 120, 0.05) > 0.05  # ten at .85
+    assert (certificate.risk, certificate.alpha, certificate.delta, certificate.n) == ("disagreement", 0.05, 0.05, 120)
+    assert certificate.test == "binomial" and certificate.order == UNIT_GRID
+    assert certificate.data_hash == trace.data_hash and certificate.model_hash == "m"
+
+
+def test_it_stops_at_the_first_failure_though_a_bolder_rung_would_pass():
+    """The bold exit agrees everywhere, the one in between does not; only what lies before the gap may be returned."""
+    top1 = torch.tensor([[0.3, 0.9, 1.0]]).repeat(200, 1)
+    label = torch.tensor([[0, 1, 0]]).repeat(200, 1)
+    trace = Trace((1, 2, 3), {"top1": top1}, label, 2)
+    cal = offramp.calibrate(trace, "confidence")
+    assert cal.policy.threshold == 0.91 and offramp.simulate(trace, cal).saved == 0.0
+    assert offramp.simulate(trace, "confidence", threshold=0.2).agreement == 1.0
+
+
+def test_losses_between_0_and_1_take_hoeffding_bentkus():
+    cal = offramp.calibrate(toy_trace(), "confidence", risk="excess_loss", alpha=0.1)
+    assert cal.certificate.test == "hoeffding_bentkus"
+
+
+def test_too_few_rows_give_never_and_say_how_many_are_needed():
+    cal = offramp.calibrate(one_exit([0.9] * 58, [0] * 58), "confidence")
+    assert cal.policy == offramp.policy("never") and cal.certificate is None
+    assert "At least 59 rows are needed" in cal.note
+    assert offramp.calibrate(one_exit([0.9] * 59, [0] * 59), "confidence").certificate is not None
+
+
+def test_a_risk_above_alpha_says_that_rows_do_not_help():
+    cal = offramp.calibrate(one_exit([0.9] * 100, [1] * 100), "fixed")
+    assert cal.certificate is None and "more rows would not help" in cal.note
+
+
+def test_a_risk_just_below_alpha_says_how_many_rows_would_do():
+    trace = one_exit([0.9] * 100, [1] * 4 + [0] * 96)
+    cal = offramp.calibrate(trace, "fixed")
+    assert cal.certificate is None
+    rows = int(cal.note.split("About ")[1].split(" rows")[0])
+    assert binom.cdf(math.ceil(0.04 * rows), rows, 0.05) <= 0.05 < binom.cdf(math.ceil(0.036 * rows), rows * 0.9, 0.05)
+
+
+def test_no_labelled_row_is_an_error():
+    with pytest.raises(offramp.OfframpError, match="no row of the trace has a label"):
+        offramp.calibrate(
+            one_exit([0.9] * 9, [0] * 9, targets=torch.full((9,), -100)), "confidence", risk="accuracy_drop"
+        )
+
+
+@pytest.mark.parametrize(
+    ("policy", "order"),
+    [
+        ("patience", (2, 1)),
+        ("fixed", (6, 4, 2)),
+        ("margin", UNIT_GRID),
+        ("decaying", UNIT_GRID),
+        ("at_least", UNIT_GRID),
+    ],
+)
+def test_the_order_says_what_was_tried(policy, order):
+    cal = offramp.calibrate(toy_trace(), policy, alpha=0.3, delta=0.1)
+    assert cal.certificate.order == order
+    json.dumps(cal.certificate.order)
+
+
+# A population whose risk is known exactly: confidence uniform on [0, 1]; a row disagrees with chance (1 - top1) / 2. At
+# threshold t the rows that leave are top1 >= t, so risk(t) = integral of (1 - u) / 2 over [t, 1] = (1 - t)^2 / 4.
+ALPHA, DELTA, TRIALS, ROWS = 0.05, 0.1, 600, 250
+
+
+def true_risk(policy):
+    return 0.0 if policy.name == "never" else (1 - policy.threshold) ** 2 / 4
+
+
+@pytest.fixture(scope="module")
+def calibrations():
+    """600 calibrations, each on 250 fresh rows."""
+    random, out = np.random.default_rng(0), []
+    for _ in range(TRIALS):
+        top1 = random.uniform(size=ROWS)
+        trace = one_exit(top1, random.uniform(size=ROWS) < (1 - top1) / 2)
+        out.append(offramp.calibrate(trace, "confidence", alpha=ALPHA, delta=DELTA))
+    return out
+
+
+def test_the_promise_is_broken_in_at_most_delta_of_the_calibrations(calibrations):
+    broken = sum(true_risk(c.policy) > ALPHA for c in calibrations) / TRIALS
+    assert broken <= DELTA + 3 * math.sqrt(DELTA * (1 - DELTA) / TRIALS)
+    assert broken > 0.01  # some are: the population is no pushover, so the bound above says something
+
+
+def test_the_promise_is_not_bought_by_doing_nothing(calibrations):
+    """The boldest threshold allowed is 1 - 2 sqrt(.05) = .553; typical calibrations come near it."""
+    assert all(c.certificate is not None for c in calibrations)
+    assert 0.55 < np.median([c.policy.threshold for c in calibrations]) < 0.70
+
+
+def test_the_test_above_can_fail():
+    """Choosing the boldest threshold whose observed risk is below alpha, without a test, breaks it in most draws."""
+    random, broken = np.random.default_rng(1), 0
+    for _ in range(TRIALS):
+        top1 = random.uniform(size=ROWS)
+        wrong = random.uniform(size=ROWS) < (1 - top1) / 2
+        boldest = min(t for t in UNIT_GRID if (wrong & (top1 >= t)).mean() <= ALPHA)
+        broken += true_risk(offramp.policy("confidence", threshold=boldest)) > ALPHA
+    assert broken / TRIALS > DELTA + 3 * math.sqrt(DELTA * (1 - DELTA) / TRIALS)
