@@ -11,11 +11,21 @@ from offramp.testing import ContractError
 from offramp.testing.backbones import check_backbone, tensors
 from offramp.testing.toy import ToyBackbone, ToyModel
 
-SHAPES = {"plain": {}, "shared": {"shared": True}, "pair": {"pair": True}, "one block": {"depth": 1}, "two": {"depth": 2}}
+SHAPES = {
+    "plain": {},
+    "shared": {"shared": True},
+    "pair": {"pair": True},
+    "one block": {"depth": 1},
+    "two": {"depth": 2},
+}
 
 
 def batch():
-    return {"x": torch.randn(4, 3, 8), "mask": (torch.rand(4, 3) > 0.3).float().clamp(min=0.1), "labels": torch.arange(4)}
+    return {
+        "x": torch.randn(4, 3, 8),
+        "mask": (torch.rand(4, 3) > 0.3).float().clamp(min=0.1),
+        "labels": torch.arange(4),
+    }
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -25,7 +25,7 @@ def test_contract(name, risk):
 @pytest.mark.parametrize("policy", ["margin", "entropy", "patience", "saturation", "decaying", "at_least", "tempered"])
 @pytest.mark.parametrize("name", offramp.names(Calibrator))
 def test_contract_with_every_policy_that_can_be_calibrated(name, policy):
-    trace = toy_trace()
+    trace = toy_trace(rows=150)
     example = lookup(ExitPolicy, policy).example(trace.depths[:-1], trace.classes)
     check_calibrator(create(Calibrator, name), trace, example)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from offramp.blocks import BlockSpec, Call, Chain, learn_spec, state_of, with_state
+from offramp.blocks import BlockSpec, Call, learn_spec, state_of, with_state
 from offramp.errors import BadArgument, UnsupportedModel
 from offramp.testing.toy import ToyBackbone, ToyModel
 
@@ -53,6 +53,12 @@ def test_a_window_runs_its_blocks_only_and_continues_from_the_state(backbone, x)
     with backbone.window(6, 6, rest["hidden"]):
         assert torch.equal(backbone.model(torch.zeros_like(x)), full)
     assert backbone.model.calls() == [[] for _ in set(backbone.model.blocks)]
+
+
+def test_a_window_from_the_bottom_takes_a_state_too(backbone, x):
+    full = backbone.model(x)
+    with backbone.window(0, 6, backbone.model.embed(x)):
+        assert torch.equal(backbone.model(torch.zeros_like(x)), full)
 
 
 @pytest.mark.parametrize("bounds", [(-1, 2), (3, 2), (0, 7)])
@@ -203,12 +209,14 @@ def test_a_deep_copy_of_a_hooked_model_runs_its_own_blocks(backbone, x):
     assert "forward" not in other.model.blocks[0].__dict__ and "forward" in backbone.model.blocks[0].__dict__
 
 
-def test_learn_spec_finds_the_batched_arguments_and_the_return_shape():
-    for pair in (False, True):
-        model = ToyModel(pair=pair).eval()
-        spec, calls = learn_spec(list(model.blocks), lambda n: model(torch.randn(n, 4, 8)), "hidden")
-        assert spec == BlockSpec("hidden", 0, 2 if pair else None, frozenset({(1,)}))
-        assert len(calls) == 6 and "forward" not in model.blocks[0].__dict__
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("pair", [False, True])
+def test_learn_spec_finds_the_batched_arguments_and_the_return_shape(pair, first):
+    model = ToyModel(pair=pair).eval()
+    spec, calls = learn_spec(list(model.blocks), lambda n: model(torch.randn(n, 4, 8)), "hidden", first)
+    assert spec == BlockSpec("hidden", 0, 2 if pair else None, frozenset({(1,)}))
+    assert len(calls) == 6 and "forward" not in model.blocks[0].__dict__
+    assert sum(len(rows) for rows in model.calls()) == (2 if first else 12)
 
 
 class Odd(nn.Module):

@@ -87,7 +87,9 @@ def test_what_fails_changes_nothing(model, exits, x, marks, policy, options, err
 
 def test_no_exits_attached(model, marks):
     before = marks(model)
-    with pytest.raises(NotAttached, match=r"ToyModel has no exits attached; first: offramp.attach\(model, at=\[...\]\)"):
+    with pytest.raises(
+        NotAttached, match=r"ToyModel has no exits attached; first: offramp.attach\(model, at=\[...\]\)"
+    ):
         offramp.enable(model, "never")
     assert marks(model) == before
 

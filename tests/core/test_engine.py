@@ -188,12 +188,22 @@ def test_a_policy_may_ask_for_the_prediction_alone(model, exits, x):
     assert run.stats.exits == {2: 7}
 
 
-def test_a_part_of_the_model_called_by_itself(model, exits, x):
-    """`features` does not go through the model's forward hooks; a second call must not see the rows of the first."""
-    with offramp.enable(model, Plan(PLAN)):
-        first = model.features(x)
-        assert torch.equal(model.features(x), first) and first.shape[0] == 7
-        assert model.features(x[:2]).shape[0] == 2
+def test_a_part_of_the_model_called_by_itself_runs_in_full(model, exits, x):
+    """`features` does not go through the model's forward: nobody would put the exits' answers into what it returns."""
+    whole = model.features(x)
+    with offramp.enable(model, Plan(PLAN)) as run:
+        model(x)
+        assert torch.equal(model.features(x), whole) and run.stats.rows == 7 and run.stats.blocks_run == 29
+        handle = model.norm.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(x)
+        handle.remove()
+        assert model.features(x[:2]).shape[0] == 2 and torch.equal(model.features(x), whole)
+    assert run.stats.rows == 7
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -209,7 +219,7 @@ def test_a_forward_that_raises_is_not_counted_and_the_next_is_right(model, exits
             with pytest.raises(error):
                 model(x)
             handle.remove()
-        assert run.stats.rows == 0 and run.stats.blocks_full == 0 and not run.stats.exits
+        assert run.stats.rows == run.stats.blocks_run == run.stats.blocks_full == 0 and not run.stats.exits
         assert torch.allclose(model(x), wanted, atol=1e-5)
         assert run.stats.rows == 7 and run.stats.last_depths.tolist() == [4, 2, 6, 5, 4, 2, 6]
 

@@ -54,7 +54,7 @@ def test_binomial_is_super_uniform_at_the_edge_of_the_null(delta):
 
 
 def test_hoeffding_bentkus_is_super_uniform_for_losses_between_0_and_1():
-    """Losses 0, .25, .5, .75 with mean exactly .1, n = 200, as in the methods file; there P(p <= .05) came out .00055."""
+    """Losses 0, .25, .5, .75 with mean exactly .1, n = 200; the methods file found P(p <= .05) = .00055 that way."""
     draws, n = 4000, 200
     values, weights = np.array([0, 0.25, 0.5, 0.75]), np.array([0.775, 0.10, 0.075, 0.05])
     assert values @ weights == pytest.approx(0.1)
@@ -73,6 +73,7 @@ def test_hoeffding_bentkus_grows_with_the_mean_and_falls_with_n():
 
 
 def test_importing_offramp_does_not_import_scipy():
-    code = "import sys, offramp, offramp.calibrators.fixed_sequence, offramp.calibrators.temperature; print('scipy' in sys.modules)"
+    modules = "sys, offramp, offramp.calibrators.fixed_sequence, offramp.calibrators.temperature"
+    code = f"import {modules}; print('scipy' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"

@@ -158,12 +158,14 @@ def test_round_trip_of_the_least_a_trace_can_be(tmp_path):
 def test_data_hash_sees_every_array():
     base = everything()
     seen = {base.data_hash}
-    for name, tensor in base._arrays().items():
+    for name in base._arrays():
         changed = everything()
         flat = changed._arrays()[name].reshape(-1)
         flat[-1] = flat[-1] + 1
         seen.add(changed.data_hash)
     assert len(seen) == 1 + len(base._arrays())
+    table = torch.ones(4, 3)
+    assert small(stats={"top1": table}).data_hash != small(stats={"margin": table}).data_hash
     assert everything().data_hash == base.data_hash != base[:29].data_hash
 
 

@@ -45,6 +45,11 @@ def test_it_stops_at_the_first_failure_though_a_bolder_rung_would_pass():
     assert offramp.simulate(trace, "confidence", threshold=0.2).agreement == 1.0
 
 
+def test_losses_of_0_and_1_take_the_exact_binomial():
+    cal = offramp.calibrate(one_exit([0.9] * 200, [1] * 3 + [0] * 197), "fixed")
+    assert cal.certificate.p_value == pytest.approx(binom.cdf(3, 200, 0.05)) == pytest.approx(0.00905, abs=1e-4)
+
+
 def test_losses_between_0_and_1_take_hoeffding_bentkus():
     cal = offramp.calibrate(toy_trace(), "confidence", risk="excess_loss", alpha=0.1)
     assert cal.certificate.test == "hoeffding_bentkus"
@@ -67,7 +72,8 @@ def test_a_risk_just_below_alpha_says_how_many_rows_would_do():
     cal = offramp.calibrate(trace, "fixed")
     assert cal.certificate is None
     rows = int(cal.note.split("About ")[1].split(" rows")[0])
-    assert binom.cdf(math.ceil(0.04 * rows), rows, 0.05) <= 0.05 < binom.cdf(math.ceil(0.036 * rows), rows * 0.9, 0.05)
+    fewer = int(rows / 1.11)
+    assert binom.cdf(math.ceil(0.04 * rows), rows, 0.05) <= 0.05 < binom.cdf(math.ceil(0.04 * fewer), fewer, 0.05)
 
 
 def test_no_labelled_row_is_an_error():

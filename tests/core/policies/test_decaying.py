@@ -43,6 +43,11 @@ def test_clipped_to_one_so_that_a_certain_row_can_stop():
     assert policy.step({}, seen([1.0], [0]))[0].tolist() == [True]
 
 
+def test_clipped_to_zero_where_a_cosine_threshold_is_negative():
+    policy = offramp.policy("decaying", inner="saturation", threshold=-1.0, length=10)
+    assert policy.step({}, seen([-0.1, 0.1], [0, 0], name="cosine"))[0].tolist() == [False, True]
+
+
 def test_rows_have_their_own_positions():
     policy = offramp.policy("decaying", inner="margin", threshold=0.5, length=4)
     stop, _ = policy.step({}, seen([0.5, 0.5, float("nan")], [0, 4, 4], name="margin"))

@@ -6,8 +6,8 @@ import torch
 import offramp
 from offramp.policy import Evidence
 
-# one row each: settled from the start, changes once, changes always, agrees at the end only
-ANSWERS = torch.tensor([[3, 3, 3, 3], [1, 3, 3, 3], [1, 2, 1, 2], [0, 1, 2, 2]])
+# one row each: settled from the start, changes once, changes always, agrees at the end only, agrees twice with a break
+ANSWERS = torch.tensor([[3, 3, 3, 3], [1, 3, 3, 3], [1, 2, 1, 2], [0, 1, 2, 2], [1, 1, 2, 2]])
 
 
 def exits(patience, answers=ANSWERS, **more):
@@ -23,7 +23,7 @@ def exits(patience, answers=ANSWERS, **more):
     return out
 
 
-@pytest.mark.parametrize(("patience", "expected"), [(1, [1, 2, 4, 3]), (2, [2, 3, 4, 4]), (3, [3, 4, 4, 4])])
+@pytest.mark.parametrize(("patience", "expected"), [(1, [1, 2, 4, 3, 1]), (2, [2, 3, 4, 4, 4]), (3, [3, 4, 4, 4, 4])])
 def test_earliest_exit_is_the_patience(patience, expected):
     assert exits(patience) == expected
 

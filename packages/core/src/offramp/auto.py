@@ -71,7 +71,7 @@ class WhenImported(importlib.abc.MetaPathFinder):
         def exec_module(module: ModuleType) -> None:
             run(module)
             self.remove()
-            self.act(module)
+            self.act(sys.modules.get(self.name, module))  # lazy frameworks put another module in their place
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

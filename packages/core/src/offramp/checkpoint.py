@@ -84,11 +84,17 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def _own(exits: Exits) -> dict[str, Tensor]:
+    """Return the heads' weights that belong into `exits.safetensors`, by depth and name."""
+    heads = {depth: exits[depth] for depth in exits.at}
+    return {f"{d}.{k}": v for d, h in heads.items() for k, v in h.own_state().items() if not k.startswith(h.extra)}
+
+
 def save(exits: Exits, directory: str | Path) -> None:
     """Write `exits.json`, `exits.safetensors` and, for LoRA heads, a PEFT adapter; weights first, index last."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{depth}.{k}": v for depth in exits.at for k, v in exits[depth].own_state().items()}
+    tensors = _own(exits)
     write_bytes(folder / WEIGHTS, save_tensors({k: v.detach().cpu().contiguous() for k, v in tensors.items()}))
     files = [WEIGHTS, *type(exits[exits.at[0]]).save_extra(exits, folder)]
     body = {
@@ -111,9 +117,10 @@ def read_index(folder: Path) -> dict[str, Any]:
             raise DamagedFile(f"{folder / INDEX}: {key} is {body[key]!r}, not a {kind.__name__}")
     if WEIGHTS not in body["sha256"]:
         raise DamagedFile(f"{folder / INDEX} does not name {WEIGHTS} with its sha256")
-    for name, digest in body["sha256"].items():
-        if Path(name).name != name:
+    for name in body["sha256"]:
+        if Path(name).name != name or name == "..":
             raise DamagedFile(f"{folder / INDEX} names a file outside its folder: {name!r}")
+    for name, digest in body["sha256"].items():
         if sha256(read_bytes(folder / name)) != digest:
             raise DamagedFile(f"{folder / name} is not the file that {INDEX} was written with (its sha256 differs)")
     return body
@@ -132,7 +139,7 @@ def check_model(body: dict[str, Any], found: dict[str, Any], folder: Path) -> No
 def restore(exits: Exits, folder: Path) -> None:
     """Copy saved weights into freshly built heads, after checking every name and shape; all or nothing."""
     tensors, _ = read_safetensors(folder / WEIGHTS)
-    wanted = {f"{depth}.{k}": v for depth in exits.at for k, v in exits[depth].own_state().items()}
+    wanted = _own(exits)
     if tensors.keys() != wanted.keys():
         odd = sorted(tensors.keys() ^ wanted.keys())
         raise DamagedFile(f"{folder / WEIGHTS}: weights do not match the heads ({', '.join(odd[:4])})")

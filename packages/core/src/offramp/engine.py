@@ -26,7 +26,7 @@ def look(
     position: Tensor | None = None,
     prediction: Tensor | None = None,
 ) -> Evidence:
-    """Return the evidence of exit `index` for pooled states [rows, width]; runs the head only if the policy looks at it."""
+    """Return the evidence of exit `index` for pooled states [rows, width]; the head runs only if the policy needs it."""
     depths, needs = run.exits.at, run.policy.statistics()
     depth = depths[index]
     if prediction is None and needs & LOGITS:
@@ -113,6 +113,8 @@ class SinglePass:
 
     def block(self, index: int, call: Call) -> Any:
         """Run one block on the rows that are left; at an exit, let finished rows go; after the last, put all back."""
+        if index == 0 and self.batch:
+            self.forget()  # of a forward that Ctrl-C ended: torch runs no hook then
         if not self.active or call.hidden.shape[0] == 0:
             return call.run()
         if index == 0:
@@ -165,7 +167,7 @@ class SinglePass:
         return kept
 
     def pool(self, hidden: Tensor) -> Tensor:
-        """Return what heads read of the rows that are left; a backbone whose pool needs more than the state overrides it."""
+        """Return what heads read of the rows that are left; overridden where that needs more than the state."""
         return self.run.backbone.pool(hidden)
 
     def restore(self, hidden: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -41,10 +41,13 @@ class HeadContext:
 class ExitHead(nn.Module):
     """Maps the hidden state at a tap to a prediction of the same shape as the backbone's own."""
 
+    #: names in `own_state` that start so are in the files of `save_extra`, not in `exits.safetensors`
+    extra: ClassVar[tuple[str, ...]] = ()
+
     @classmethod
     @abstractmethod
     def build(cls, tap: Tap, base: HeadContext, *args: Any, **config: Any) -> ExitHead:
-        """Build the head for one tap; untrained, it must equal the backbone's own readout of that state (logit lens)."""
+        """Build the head for one tap; untrained, it must be the backbone's own readout of that state (logit lens)."""
 
     @abstractmethod
     def forward(self, hidden: Tensor) -> Tensor:

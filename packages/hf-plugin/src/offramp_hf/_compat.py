@@ -28,6 +28,12 @@ _GENERATE = (
 #: what the decoding loop knows how to carry from step to step
 _CARRIED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "encoder_outputs"}
 _CARRIED |= {"decoder_attention_mask"}
+#: logits processors that know which row is which, and what asks for them: they cannot be shown one row at a time
+_WHOLE_BATCH = {
+    "PrefixConstrainedLogitsProcessor": "prefix_allowed_tokens_fn",
+    "EncoderNoRepeatNGramLogitsProcessor": "encoder_no_repeat_ngram_size",
+    "EncoderRepetitionPenaltyLogitsProcessor": "encoder_repetition_penalty",
+}
 
 
 def prepared_config(model: Any, given: Any, kwargs: dict[str, Any]) -> Any:
@@ -86,11 +92,11 @@ def why_not_call(config: Any, processors: Any, inputs: dict[str, Any], ids: Any)
         return f"model input {odd[0]}"
     if ids.shape[1] == 0 or ids.shape[0] == 0:
         return "an empty prompt or batch"
-    for one in processors:
-        if type(one).__name__ == "UnbatchedClassifierFreeGuidanceLogitsProcessor":
+    for kind in (type(one).__name__ for one in processors):
+        if kind == "UnbatchedClassifierFreeGuidanceLogitsProcessor":
             return "guidance_scale"
-        if type(one).__name__ == "PrefixConstrainedLogitsProcessor" and ids.shape[0] > 1:
-            return "prefix_allowed_tokens_fn with more than one row"
+        if kind in _WHOLE_BATCH and ids.shape[0] > 1:
+            return f"{_WHOLE_BATCH[kind]} with more than one row"
     mask, position = inputs.get("attention_mask"), inputs.get("position_ids")
     if position is not None and "encoder_outputs" not in inputs:
         length = ids.shape[1] if mask is None else mask.sum(-1)
@@ -112,7 +118,9 @@ def with_self_cache(inputs: dict[str, Any], window: Any) -> Any:
         return window
     from transformers.cache_utils import EncoderDecoderCache
 
-    return EncoderDecoderCache(window, cache.cross_attention_cache)
+    made = EncoderDecoderCache(window, cache.cross_attention_cache)
+    made.is_updated = cache.is_updated  # one dict: what the cross-attention part holds, both must know, also after an error
+    return made
 
 
 def prefill(model: Any, ids: Any, config: Any, inputs: dict[str, Any]) -> Any:
@@ -124,7 +132,7 @@ def step_inputs(inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Return (the decoder's padding mask [batch, slots] or None, inputs to repeat at every step)."""
     if inputs.get("encoder_outputs") is None:
         return inputs.get("attention_mask"), {}
-    again = {"encoder_outputs": inputs["encoder_outputs"], "attention_mask": inputs.get("attention_mask")}
+    again = {k: inputs.get(k) for k in ("encoder_outputs", "attention_mask", "past_key_values")}
     return inputs.get("decoder_attention_mask"), again
 
 
@@ -154,6 +162,4 @@ def output(model: Any, rows: Any, config: Any, inputs: dict[str, Any], cache: An
     logits = rows.steps(rows.logits) if rows.keep_logits else None
     if not model.config.is_encoder_decoder:
         return GenerateDecoderOnlyOutput(sequences=ids, scores=scores, logits=logits, past_key_values=cache)
-    if hasattr(cache, "is_updated"):
-        cache.is_updated = {i: True for i in range(len(cache.cross_attention_cache.layers))}
     return GenerateEncoderDecoderOutput(sequences=ids, scores=scores, logits=logits, past_key_values=cache)

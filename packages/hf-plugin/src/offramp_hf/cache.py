@@ -127,7 +127,8 @@ def why_not(cache: Any, depth: int, longest: int) -> str | None:
     """Return why windows cannot run on this cache, or None. longest: tokens it may come to hold."""
     if type(cache) is not DynamicCache:
         return f"a {type(cache).__name__} (only DynamicCache can hold layers of different length)"
-    if cache.layers and len(cache.layers) != depth:
+    # T5 with fewer decoder than encoder layers gets a cache for the encoder's number; the last layers stay empty
+    if cache.layers and (len(cache.layers) < depth or any(layer.is_initialized for layer in cache.layers[depth:])):
         return f"a cache of {len(cache.layers)} layers for {depth} blocks"
     for layer in cache.layers:
         if type(layer) is DynamicSlidingWindowLayer:
@@ -147,7 +148,7 @@ def borrowed(cache: DynamicCache, depth: int, wanted: bool = True) -> Iterator[W
     """
     plain = cache.layers
     layers = []
-    for old in plain or [None] * depth:
+    for old in (plain or [None] * depth)[:depth]:
         new = GrowingLayer(bool(getattr(old, "is_sliding", False)))
         if old is not None and old.is_initialized and old.get_seq_length():
             new.update(old.keys, old.values)
@@ -165,7 +166,7 @@ def _give_back(cache: DynamicCache, window: WindowCache) -> None:
     length = window.shortest()
     make = cache.layer_class_to_replicate or DynamicLayer
     done = list(cache.layers) or [make() for _ in window.layers]
-    for old, new in zip(done, window.layers, strict=True):
+    for old, new in zip(done[: len(window.layers)], window.layers, strict=True):
         new.crop_to(length)
         if new.is_initialized:
             old.reset()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -14,6 +14,9 @@ from offramp._registry import add_folder
 from offramp.backbone import Backbone
 from offramp.errors import UnsupportedModel
 from offramp.head import ExitHead
+
+if TYPE_CHECKING:
+    import typer
 
 add_folder(ExitHead, "offramp_hf.heads")
 
@@ -45,8 +48,16 @@ def offramp_adapt(model: nn.Module) -> Backbone | None:
 
 
 @hookimpl
+def offramp_commands(app: typer.Typer) -> None:
+    """Add the commands for language models and encoders."""
+    from offramp_hf.commands import add
+
+    add(app)
+
+
+@hookimpl
 def offramp_watch(loaded: Callable[[nn.Module], None]) -> Callable[[], None]:
-    """Call `loaded` for every model that `from_pretrained` returns with an `early_exit` config; returns the exact undo."""
+    """Call `loaded` for every model that `from_pretrained` returns with an `early_exit` config; returns the undo."""
     from offramp.auto import WhenImported  # late: importing offramp.auto is what turns watching on
 
     watch = Watch(loaded)
@@ -69,12 +80,15 @@ class Watch:
     """Puts a wrapper around `PreTrainedModel.from_pretrained` and takes it away again."""
 
     def __init__(self, loaded: Callable[[nn.Module], None]) -> None:
-        self.loaded, self.owner, self.original, self.ours = loaded, None, None, None
+        self.loaded = loaded
+        self.owner: Any = None
+        self.original: Any = None
+        self.ours: Any = None
 
     def start(self, module: ModuleType) -> None:
         """Wrap the loader of the module `transformers.modeling_utils`."""
-        self.owner: Any = module.PreTrainedModel
-        self.original: Any = self.owner.__dict__["from_pretrained"]
+        self.owner = module.PreTrainedModel
+        self.original = self.owner.__dict__["from_pretrained"]
         load = self.original.__func__
 
         @functools.wraps(load)
@@ -85,7 +99,7 @@ class Watch:
                 self.loaded(model)
             return found
 
-        self.ours: Any = classmethod(from_pretrained)
+        self.ours = classmethod(from_pretrained)
         self.owner.from_pretrained = self.ours
 
     def stop(self) -> None:

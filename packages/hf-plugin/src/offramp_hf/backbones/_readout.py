@@ -1,4 +1,4 @@
-"""How an encoder's classifier is built, found by running it: its chain of blocks, and the way from there to its logits."""
+"""How an encoder's classifier is built, found by running it: its chain of blocks and the way on to its logits."""
 
 from __future__ import annotations
 
@@ -62,14 +62,15 @@ def find_blocks(model: nn.Module, probe: Probe) -> tuple[list[str], list[nn.Modu
     what = type(model).__name__
     if outer:
         raise UnsupportedModel(f"{what} has several chains of blocks ({', '.join(outer)}); one is expected")
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in breaks.items()) or "no module list runs two blocks or more"
-    raise UnsupportedModel(f"{what} has no chain of blocks where each takes the state that the one before gave ({reasons})")
+    why = "; ".join(f"{name}: {reason}" for name, reason in breaks.items()) or "no module list runs two blocks or more"
+    raise UnsupportedModel(f"{what} has no chain of blocks where each takes the state that the one before gave ({why})")
 
 
 def _break(run: Sequence[tuple[str, nn.Module, Any, Any]]) -> str | None:
     """Return where the calls of a module list are no chain, or None."""
     for name, _, taken, given in run:
-        if not isinstance(taken, Tensor) or not isinstance(given, Tensor) or taken.shape != given.shape or taken.dim() != 3:
+        tensors = isinstance(taken, Tensor) and isinstance(given, Tensor)
+        if not tensors or taken.shape != given.shape or taken.dim() != 3:
             return f"{name} does not map a [batch, token, width] state to one of the same shape"
     for (before, _, _, given), (name, _, taken, _) in zip(run[:-1], run[1:], strict=True):
         if given is not taken and not torch.equal(given, taken):

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ class Decoder(Backbone):
     """A causal language model of the transformers library; `names`, readout and calls are found by running it once."""
 
     kind = "decoder-only"
+    model: Any
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -127,17 +129,23 @@ class Decoder(Backbone):
         finally:
             for handle in handles:
                 handle.remove()
+        # what only wraps the unembedding (T5Gemma, BERT) is looked into
+        after = [m for m in after if m is unembed or not any(c is unembed for c in m.modules())]
         outer = [m for m in after if not any(m is not o and m in set(o.modules()) for o in after)]
         before = [m for m in outer if m is not unembed and not isinstance(m, nn.Dropout)]
-        norm = before[0] if len(before) == 1 else nn.Sequential(*before)
-        for finish in self._finishes():
-            context = HeadContext(norm, unembed, finish, seen["hidden"].shape[-1], logits.shape[-1])
+        plain = before[0] if len(before) == 1 else nn.Sequential(*before)
+        width = seen["hidden"].shape[-1]
+        for norm, finish in product(self._norms(plain, width), self._finishes()):
+            context = HeadContext(norm, unembed, finish, width, logits.shape[-1])
             if torch.allclose(context.readout(seen["hidden"]), logits, rtol=1e-3, atol=1e-4, equal_nan=True):
                 return context
         names = ", ".join(type(m).__name__ for m in [*before, unembed])
         raise UnsupportedModel(
             f"{type(model).__name__}: its logits are not {names} applied to the last block's state; its readout is not understood"
         )
+
+    def _norms(self, norm: nn.Module, width: int) -> Iterator[nn.Module]:
+        yield norm
 
     def _finishes(self) -> Iterator[Any]:
         yield from Finish.candidates(self.config)
@@ -185,6 +193,12 @@ class Decoder(Backbone):
             targets = torch.full_like(labels, -100)
             targets[:, :-1] = labels[:, 1:]
             keep = keep & (targets != -100)
+        return self._observed(inputs, keep, position, targets, depths)
+
+    def _observed(
+        self, inputs: dict[str, Tensor], keep: Tensor, position: Tensor, targets: Tensor | None, depths: Sequence[int]
+    ) -> Observed:
+        """Run the full model and return the tokens of `keep` [batch, token] as rows."""
         with torch.no_grad(), self._chain.capture([*depths, self.depth]) as states:
             self.model(**inputs, use_cache=False, **self._cheap_logits())
         sample = torch.arange(len(keep), device=keep.device)[:, None].expand_as(keep)
@@ -229,7 +243,11 @@ class Decoder(Backbone):
             undo()
         return made
 
+    #: the model's arguments for padding and for positions (None: it counts them from the cache), in tokens being decoded
     mask_name = "attention_mask"
+    position_name: str | None = "position_ids"
+    #: whether rows of a batch may keep different numbers of drafted tokens: shorter ones are moved right in the cache
+    ragged = True
 
     def takes(self, name: str) -> bool:
         """Whether the model's forward has an argument of this name."""

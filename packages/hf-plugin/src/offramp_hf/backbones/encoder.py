@@ -93,7 +93,7 @@ class Encoder(Backbone):
         return logits.shape[1]
 
     def _prove(self) -> None:
-        """Inject random states of several sizes after the last block: the readout found must give the model's logits."""
+        """Inject random states of several sizes after the last block: the readout must give the model's logits."""
         mask = self._inputs(3)["attention_mask"]
         low = self.embeddings.weight.dtype in (torch.float16, torch.bfloat16)
         near = 2e-2 if low else 1e-6
@@ -137,13 +137,14 @@ class Encoder(Backbone):
         return self._pool(hidden, mask)
 
     def inputs(self, batch: Any) -> dict[str, Tensor]:
-        """Return a batch of the user's data as keyword arguments on the model's device: a tensor of ids, or a mapping."""
+        """Return a batch of the user's data as keyword arguments on the model's device: ids, or a mapping."""
         if isinstance(batch, (list, tuple)) and len(batch) == 1:
             batch = batch[0]
         if isinstance(batch, Tensor):
             batch = {"input_ids": batch}
         if not isinstance(batch, Mapping) or not {"input_ids", "inputs_embeds"} & set(batch):
-            raise BadArgument(f"a batch for {self.what} is ids [rows, tokens] or a dict with input_ids, not {type(batch)}")
+            kind = type(batch).__name__
+            raise BadArgument(f"a batch for {self.what} is ids [rows, tokens] or a dict with input_ids, not {kind}")
         device = self.embeddings.weight.device
         return {k: v.to(device) for k, v in batch.items() if isinstance(v, Tensor)}
 
@@ -170,7 +171,7 @@ class Encoder(Backbone):
         odd = [f for f in ("verify", "draft", "kv") if getattr(run.options, f) != getattr(plain, f)]
         if odd:
             given = ", ".join(f"{f}={getattr(run.options, f)!r}" for f in odd)
-            raise BadArgument(f"{given}: only for models that generate; {self.what} classifies in one forward, leave it out")
+            raise BadArgument(f"{given}: only for models that generate; {self.what} classifies in one forward")
         if self._context.classes < 2 and run.policy.statistics() & PREDICTION:
             raise BadArgument(
                 f"{self.what} has one output (a regression), which has no probabilities for {run.policy}; use a policy "
@@ -216,8 +217,13 @@ class EncoderPass(SinglePass):
             warnings.warn(text, stacklevel=2)
 
     def block(self, index: int, call: Call) -> Any:
-        """Run one block on the rows that are left, or on all of them in a call that needs all."""
-        return call.run() if self.whole else super().block(index, call)
+        """Run one block on the rows that are left, or on all of them in a call that needs all.
+
+        An empty batch runs none and gives logits [0, classes]; several families fail on it by themselves.
+        """
+        if self.whole or self.run.paused:
+            return call.run()
+        return super().block(index, call) if call.hidden.shape[0] else call.skip()
 
     def pool(self, hidden: Tensor) -> Tensor:
         """Return what the classifier reads of the rows that are left."""

@@ -112,7 +112,7 @@ class Call:
         keep = [bool(generation_config.return_dict_in_generate and f) for f in (generation_config.output_scores, generation_config.output_logits)]
         rows = Rows(input_ids, stopping_criteria, longest, generation_config._pad_token_tensor, self.streamer, keep)
         chooser = Chooser(logits_processor, generation_config.do_sample)
-        wanted = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+        wanted = generation_config.return_dict_in_generate or getattr(whole, "_is_user_defined", False)
         with borrowed(cache, backbone.depth, wanted) as window:
             model_kwargs["past_key_values"] = _compat.with_self_cache(model_kwargs, window)
             self.loop(model, rows, chooser, generation_config, model_kwargs, window)

@@ -36,7 +36,8 @@ class Through:
 
     def __init__(self, decoder: Decoder, cache: WindowCache, inputs: dict[str, Any]) -> None:
         self.decoder, self.cache, self.inputs = decoder, cache, inputs
-        self.takes_position = decoder.takes("position_ids")
+        name = decoder.position_name
+        self.position_name = name if name is not None and decoder.takes(name) else None
 
     def window(
         self,
@@ -95,9 +96,9 @@ class Through:
         slots, new = self.cache.layers[start].get_seq_length(), tokens.shape[1]
         if place.mask is not None:
             inputs[self.decoder.mask_name] = place.mask[:, : slots + new]
-        if self.takes_position:
+        if self.position_name is not None:
             offset = torch.arange(new, device=tokens.device)[None]
-            inputs["position_ids"] = offset + slots if place.position is None else place.position[:, None] + offset
+            inputs[self.position_name] = offset + slots if place.position is None else place.position[:, None] + offset
         undo = self.decoder.chain().install(handler)
         try:
             with self.cache.seen_from(start):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,8 @@ class Verified(Driver):
         options = self.run.options
         self.adapt = options.draft is None
         self.longest = options.draft or LONGEST
+        #: whether every row keeps its own number of drafts, or all the smallest
+        self.ragged = self.run.backbone.ragged  # type: ignore[attr-defined]
         memory = self.run.memory
         if "pace" not in memory:
             memory["pace"] = Pace(self.run.exits.at, self.run.backbone.depth, head_cost(self.run))
@@ -106,11 +109,15 @@ class Verified(Driver):
             rate = [c * self.pace.chance(level, p) for c, p in zip(chances, confidence, strict=True)]
             who = [r for r, ok in enumerate(live) if ok]
             wanted = sum(accepted[r] for r in who) * 2 >= len(who)
-            if wanted and (not self.adapt or self.pace.pays(level, sum(rate[r] for r in who) / len(who))):
+            if wanted and (not self.adapt or self.pace.pays(level, self.joint([rate[r] for r in who]))):
                 one.drafted = True
                 chances[:] = rate
                 return token[:, None], scores
         return None
+
+    def joint(self, rates: list[float]) -> float:
+        """Return the probability that a draft is kept, from that of each row."""
+        return sum(rates) / len(rates) if self.ragged else math.prod(rates)
 
     def guess(self, prediction: Tensor, drafts: list[Tensor], seen: Evidence) -> tuple[Tensor, Tensor]:
         """Return (scores [batch, classes], drafted token [batch]) from a head's prediction, as the framework would choose."""
@@ -134,34 +141,37 @@ class Verified(Driver):
         plain = self.chooser.plain and not self.chooser.sample
         best = logits.argmax(-1).tolist() if plain else None
         depth_of = [self.depths[look.level] for look in looks if look.drafted]
-        kept = []
+        found: dict[int, tuple[list[int], list[Tensor] | None]] = {}
         for row in range(rows.batch):
             if not live[row]:
-                kept.append(-1)
                 continue
             if best is not None:
                 same = next((i for i in range(count) if made[row][i] != best[row][i]), count)
-                tokens, scores = best[row][: same + 1], None
+                found[row] = best[row][: same + 1], None
             else:
-                tokens, scores = self.chooser.judge(rows.prefix(row), made[row], logits[row], [g[row : row + 1] for g in guesses])
-            kept.append(len(tokens))
-            self.commit(row, tokens, scores, logits[row], depth_of)
-            self.learn(row, tokens, looks)
+                found[row] = self.chooser.judge(rows.prefix(row), made[row], logits[row], [g[row : row + 1] for g in guesses])
+        counts = [len(tokens) for tokens, _ in found.values()]
+        kept = [max(counts) if self.ragged else min(counts)] * rows.batch
+        for row, (tokens, scores) in found.items():
+            kept[row] = min(kept[row], len(tokens))
+            self.commit(row, tokens, scores, logits[row], depth_of, kept[row])
+            self.learn(row, tokens, looks, kept[row])
         self.run.stats.drafted += count * sum(live)
-        most = max(kept)
-        self.keep(count + 1, [k if k > 0 else most for k in kept])
+        self.keep(count + 1, kept)
 
-    def commit(self, row: int, tokens: list[int], scores: list[Tensor] | None, logits: Tensor, depth_of: list[int]) -> None:
-        """Append a row's tokens one by one; what comes after a stopping criterion is dropped."""
+    def commit(
+        self, row: int, tokens: list[int], scores: list[Tensor] | None, logits: Tensor, depth_of: list[int], kept: int
+    ) -> None:
+        """Append the first `kept` of a row's tokens one by one; what comes after a stopping criterion is dropped."""
         keep = self.rows.keep_scores
-        for i, token in enumerate(tokens):
+        for i, token in enumerate(tokens[:kept]):
             early = i < len(tokens) - 1
             one = scores[i] if scores is not None else (logits[i : i + 1].float() if keep else None)
             self.run.stats.accepted += early
             if not self.rows.commit(row, token, depth_of[i] if early else self.depths[-1], one, logits[i : i + 1].float() if self.rows.keep_logits else None):
                 break
 
-    def learn(self, row: int, tokens: list[int], looks: list[Look]) -> None:
+    def learn(self, row: int, tokens: list[int], looks: list[Look], kept: int) -> None:
         """Tell the pace which predictions the full model agreed with, and what each look earned in blocks."""
         pace, depth = self.pace, self.depths[-1]
         for one in looks:
@@ -169,7 +179,7 @@ class Verified(Driver):
             if known:
                 pace.learn(one.level, one.confidence[row], one.tokens[row] == tokens[one.place])
             if one.drafted:
-                won = known and one.place < len(tokens) - 1
+                won = one.place < kept - 1
                 pace.earned(one.level, depth * (won - pace.price(one.level)))
             else:
                 pace.earned(one.level, -pace.head)

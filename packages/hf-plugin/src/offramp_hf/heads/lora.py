@@ -105,6 +105,8 @@ class Lora(ExitHead):
     `BadArgument`.
     """
 
+    extra = ("proj.",)  # in the PEFT adapter
+
     def __init__(self, base: HeadContext) -> None:
         super().__init__()
         self.exit_norm = copy.deepcopy(base.norm)
@@ -133,10 +135,6 @@ class Lora(ExitHead):
         """Map hidden [..., width] to logits [..., classes]."""
         out: Tensor = self.finish(self.proj(self.exit_norm(hidden)))
         return out
-
-    def own_state(self) -> dict[str, Tensor]:
-        """Return the norm; the low-rank weights are in the PEFT adapter beside it."""
-        return {f"exit_norm.{k}": v for k, v in self.exit_norm.state_dict(keep_vars=True).items()}
 
     @classmethod
     def attached(cls, exits: Exits) -> Callable[[], None]:
@@ -266,7 +264,7 @@ def untie(exits: Exits) -> Exits:
     Costs classes * width numbers per exit. Detaches `exits` and returns the new ones; raises `BadArgument` when the
     unembedding is not a plain linear layer, and leaves the model as it was then.
     """
-    norms = {d: copy.deepcopy(exits[d].exit_norm.state_dict()) for d in exits.at}
+    norms = {d: copy.deepcopy(exits[d].exit_norm.state_dict()) for d in exits.at}  # type: ignore[union-attr]
     if any(type(exits[d].proj.base_layer.source) is not nn.Linear for d in exits.at):  # type: ignore[union-attr]
         raise BadArgument("untie needs a plain nn.Linear unembedding; detach adapters from it first")
     deltas = {d: exits[d].proj.get_delta_weight(ADAPTER) for d in exits.at}  # type: ignore[union-attr, operator]

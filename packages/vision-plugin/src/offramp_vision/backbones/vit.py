@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from offramp.backbone import Backbone, Observed, Tap, Undo
 from offramp.blocks import BlockSpec, Call, Chain, learn_spec
-from offramp.enable import Run
+from offramp.enable import Run, paused
 from offramp.engine import SinglePass
 from offramp.errors import BadArgument, UnsupportedModel
 from offramp.head import HeadContext
@@ -25,7 +25,7 @@ class VitBackbone(Backbone):
     def __init__(self, model: nn.Module) -> None:
         self.model: nn.Module = model
         _structure(model)
-        self.names = [f"blocks.{name}" for name, _ in model.blocks.named_children()]  # type: ignore[union-attr, operator]
+        self.names = [f"blocks.{name}" for name, _ in model.blocks.named_children()]  # type: ignore[union-attr]
         seen = _probe(model)
         self.spec, self.width, self.classes = seen.spec, seen.state.shape[-1], seen.logits.shape[-1]
         self.reading = _reading(model, seen)
@@ -44,7 +44,7 @@ class VitBackbone(Backbone):
         return Chain(list(self.model.blocks), self.spec)  # type: ignore[arg-type]
 
     def pool(self, hidden: Tensor) -> Tensor:
-        """Return what the head reads: the class token, or the pooled tokens. [batch, token, width] -> [batch, width]."""
+        """Return what the head reads, the class token or pooled tokens: [batch, token, width] -> [batch, width]."""
         return READINGS[self.reading].pool(self.model, hidden)
 
     def call(self, batch: Any) -> Any:
@@ -55,7 +55,7 @@ class VitBackbone(Backbone):
     def observe(self, batch: Any, depths: Sequence[int]) -> Observed:
         """Return the pooled states of each image at `depths` and at the end, and the labels if the batch has some."""
         images, labels = _split(batch)
-        with self.chain().capture([*depths, self.depth]) as kept:
+        with paused(self.model), self.chain().capture([*depths, self.depth]) as kept:
             self.model(images)
         final = self.pool(kept[self.depth])
         targets = None if labels is None else labels.to(final.device)
@@ -66,8 +66,8 @@ class VitBackbone(Backbone):
         for name, plain in (("verify", False), ("draft", None), ("kv", "catch_up")):
             if (given := getattr(run.options, name)) != plain:
                 raise BadArgument(
-                    f"{name}={given!r} is for models that generate tokens; {type(self.model).__name__} answers once per "
-                    f"image, so there is nothing to draft and no cache: leave {name} out"
+                    f"{name}={given!r} is for models that generate tokens; {type(self.model).__name__} answers once "
+                    f"per image, so there is nothing to draft and no cache: leave {name} out"
                 )
         return SinglePass(run, self.model.head).install()  # type: ignore[arg-type]
 
@@ -93,8 +93,9 @@ def _split(batch: Any) -> tuple[Tensor, Tensor | None]:
         images, labels = batch, None
     if not isinstance(images, Tensor) or images.dim() != 4 or not (labels is None or isinstance(labels, Tensor)):
         raise BadArgument(
-            "a batch of images is a tensor [batch, channel, height, width], a pair (images, labels), or a mapping with "
-            f"{' or '.join(map(repr, IMAGES))} and, for labels, {' or '.join(map(repr, LABELS))}; got {_describe(batch)}"
+            "a batch of images is a tensor [batch, channel, height, width], a pair (images, labels), or a mapping "
+            f"with {' or '.join(map(repr, IMAGES))} and, for labels, {' or '.join(map(repr, LABELS))}; "
+            f"got {_describe(batch)}"
         )
     return images, labels
 
@@ -124,7 +125,7 @@ def _structure(model: nn.Module) -> None:
 
 
 class _Seen(NamedTuple):
-    """What one probe saw: the state into the norm, what the head read, what it said; width 2 in the batch."""
+    """What one probe of 2 images saw: the state after the blocks, what the head read of it, and what it said."""
 
     spec: BlockSpec
     state: Tensor
@@ -136,7 +137,7 @@ def _probe(model: nn.Module) -> _Seen:
     """Run the model on 2 and 3 small batches of noise, first block only; raises `UnsupportedModel` with the reason."""
     blocks, reads = list(model.blocks), []  # type: ignore[arg-type]
     outputs: list[Any] = []
-    watch = model.head.register_forward_pre_hook(lambda _, args: reads.append(args[0]))  # type: ignore[operator, union-attr]
+    watch = model.head.register_forward_pre_hook(lambda _, args: reads.append(args[0]))  # type: ignore[union-attr]
     try:
         with evaluating(model), torch.no_grad():
             spec, calls = learn_spec(blocks, lambda batch: outputs.append(model(_noise(model, batch))), "x", first=True)
@@ -158,7 +159,7 @@ def _check(calls: list[Call], logits: Any, reads: list[Any], blocks: list[nn.Mod
     if len({type(block) for block in blocks}) > 1:
         raise UnsupportedModel(f"its blocks differ ({', '.join(sorted({type(b).__name__ for b in blocks}))})")
     if len(shapes) > 1 or calls[0].hidden.dim() != 3:
-        raise UnsupportedModel(f"its blocks do not all work on one [batch, token, width] state (shapes: {sorted(shapes)})")
+        raise UnsupportedModel(f"its blocks do not work on one [batch, token, width] state (shapes: {sorted(shapes)})")
     if len(reads) != 2:
         raise UnsupportedModel(f"its `head` is called {len(reads) / 2:g} times per forward, not once")
     if not isinstance(logits, Tensor) or logits.dim() != 2:
@@ -192,25 +193,50 @@ def _fc_norm(model: Any) -> nn.Module:
 
 
 def _norms(model: Any) -> nn.Module:
-    """Return the norm, and the one after pooling where there is one; a norm of each token is the same after choosing."""
+    """Return the norm and, where there is one, the norm after pooling: each token's norm is its own, so it commutes."""
     after = _fc_norm(model)
-    return model.norm if isinstance(after, nn.Identity) else nn.Sequential(model.norm, after)  # type: ignore[no-any-return]
+    return model.norm if isinstance(after, nn.Identity) else nn.Sequential(model.norm, after)
+
+
+def _first(model: Any, hidden: Tensor) -> Tensor:
+    return hidden[:, 0]
+
+
+def _mean(model: Any, hidden: Tensor) -> Tensor:
+    pooled: Tensor = model.norm(hidden)[:, getattr(model, "num_prefix_tokens", 0) :].mean(1)
+    return pooled
+
+
+def _pooled(model: Any, hidden: Tensor) -> Tensor:
+    pooled: Tensor = model.pool(model.norm(hidden))
+    return pooled
+
+
+def _pre_logits(model: Any, hidden: Tensor) -> Tensor:
+    read: Tensor = model.forward_head(model.norm(hidden), pre_logits=True)
+    return read
+
+
+def _nothing(model: Any) -> nn.Module:
+    return nn.Identity()
 
 
 #: best first: the earlier ones leave more of the readout to the head, whose own copy of the norm can be trained
 READINGS: dict[str, _Reading] = {
-    "token": _Reading(lambda model, hidden: hidden[:, 0], _norms),
-    "pooled": _Reading(lambda model, hidden: model.pool(model.norm(hidden)), _fc_norm),
-    "logits": _Reading(lambda model, hidden: model.forward_head(model.norm(hidden), pre_logits=True), lambda m: nn.Identity()),
+    "token": _Reading(_first, _norms),
+    "pooled": _Reading(_pooled, _fc_norm),
+    "mean": _Reading(_mean, _fc_norm),
+    "pre_logits": _Reading(_pre_logits, _nothing),
 }
 
 
 @torch.no_grad()
 def _reading(model: nn.Module, seen: _Seen) -> str:
     """Return the name of the first reading that gives the head exactly what the model gives it; else raises."""
+    kind = type(model).__name__
     with evaluating(model):
         if not _near(model.head(seen.read), seen.logits):  # type: ignore[operator]
-            raise UnsupportedModel(f"{type(model).__name__} is a timm model, but its output is not what its `head` says")
+            raise UnsupportedModel(f"{kind} is a timm model, but its output is not what its `head` says")
         for name, reading in READINGS.items():
             try:
                 read = reading.norm(model)(reading.pool(model, seen.state))
@@ -219,8 +245,8 @@ def _reading(model: nn.Module, seen: _Seen) -> str:
             if _near(read, seen.read):
                 return name
     raise UnsupportedModel(
-        f"{type(model).__name__} is a timm model, but its `head` does not read its last block through `norm` and pooling "
-        f"alone (something else runs in between)"
+        f"{kind} is a timm model, but its `head` does not read its last block through `norm` and pooling alone "
+        f"(something else runs in between)"
     )
 
 

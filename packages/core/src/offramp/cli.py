@@ -1,0 +1,207 @@
+"""The `offramp` command line: what needs no framework is here, the rest comes from plugins as `<verb> <what>`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from typer.core import TyperGroup
+
+from offramp.errors import BadArgument, OfframpError
+
+#: groups that plugins fill with one sub-command per kind of model, e.g. `offramp demo lm`
+GROUPS = {
+    "demo": "Show early exit on a real model, end to end.",
+    "bench": "Measure, and print the tables of the README.",
+    "fit": "Train exit heads and save them.",
+    "record": "Record what every exit says on a data set.",
+    "generate": "Generate with early exit.",
+}
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
+
+
+class CleanErrors(TyperGroup):
+    """Shows an `OfframpError` as one message with exit code 1; anything else is a bug and keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except OfframpError as error:
+            console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(1) from error
+
+
+def console(stderr: bool = False) -> Console:
+    """Return a console on the present stdout or stderr."""
+    return Console(stderr=stderr, highlight=False)
+
+
+def write_json(path: Path | None, body: Any) -> None:
+    """Write `body` as JSON when a path was given; numbers that are not finite become null."""
+    from offramp.checkpoint import write_text
+
+    if path is not None:
+        write_text(path, dump_json(body))
+
+
+def dump_json(body: Any) -> str:
+    """Return strict JSON: no NaN, keys as strings."""
+    return json.dumps(_finite(body), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and value - value != 0.0:
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def options_from(pairs: Sequence[str]) -> dict[str, Any]:
+    """Turn `["threshold=0.9", "normalised=true"]` into options; values are JSON, or text where they are not."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise BadArgument(f"option {pair!r} is not NAME=VALUE; write e.g. --set threshold=0.9")
+        try:
+            found[key.strip()] = json.loads(value)
+        except ValueError:
+            found[key.strip()] = value
+    return found
+
+
+def group(app: typer.Typer, name: str) -> typer.Typer:
+    """Return the group `name` of `app`, to which a plugin adds its sub-command; made when it is not there yet."""
+    for one in app.registered_groups:
+        if one.name == name and one.typer_instance is not None:
+            return one.typer_instance
+    made = typer.Typer(name=name, no_args_is_help=True)
+    app.add_typer(made, name=name, help=GROUPS.get(name))
+    return made
+
+
+def build() -> typer.Typer:
+    """Return the application with the commands of every plugin that works; a broken one never stops the others."""
+    from offramp._plugins import plugins
+
+    app = typer.Typer(
+        name="offramp",
+        cls=CleanErrors,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_show_locals=False,
+        help="Early exit for the models people already use.",
+    )
+    app.command("list")(list_names)
+    app.command("calibrate")(calibrate)
+    app.command("report")(report)
+    for name in GROUPS:
+        group(app, name)
+    found = plugins()
+    for name in found.loaded:
+        others = [p for n, p in found.manager.list_name_plugin() if n != name]
+        try:
+            found.manager.subset_hook_caller("offramp_commands", others)(app=app)
+        except Exception as error:  # a plugin may fail in any way; it is named and the rest works
+            console(stderr=True).print(f"[yellow]plugin {name}: its commands are missing: {escape(repr(error))}[/]")
+    return app
+
+
+def list_names(out: Json = None) -> None:
+    """List policies, heads, calibrators and losses by name, and the plugins found."""
+    from offramp._plugins import plugins
+    from offramp._registry import kinds, names
+
+    found = plugins()
+    body: dict[str, Any] = {
+        "names": {kind.__name__: names(kind) for kind in kinds()},
+        "plugins": {name: str(getattr(module, "__name__", module)) for name, module in sorted(found.loaded.items())},
+        "broken": {name: repr(error) for name, error in sorted(found.broken.items())},
+    }
+    table = Table("kind", "names")
+    for kind, known in body["names"].items():
+        table.add_row(kind, ", ".join(known))
+    plugin_table = Table("plugin", "state")
+    for name, module in body["plugins"].items():
+        plugin_table.add_row(name, f"loaded ({escape(module)})")
+    for name, error in body["broken"].items():
+        plugin_table.add_row(name, f"[red]did not load:[/] {escape(error)}")
+    if not body["plugins"] and not body["broken"]:
+        plugin_table.add_row("none", "install one, e.g. pip install offramp-hf")
+    console().print(table, plugin_table)
+    write_json(out, body)
+
+
+def calibrate(
+    trace: Annotated[Path, typer.Argument(help="A trace, as `offramp record` or trace.save() wrote it.")],
+    policy: Annotated[str, typer.Option(help="Name of the policy whose threshold is looked for.")] = "confidence",
+    method: Annotated[str, typer.Option(help="Name of the calibrator.")] = "fixed_sequence",
+    risk: Annotated[str, typer.Option(help="disagreement, accuracy_drop or excess_loss.")] = "disagreement",
+    alpha: Annotated[float, typer.Option(help="The risk that is promised not to be exceeded.")] = 0.05,
+    delta: Annotated[float, typer.Option(help="How often the promise may fail: 0.05 is 95 % confidence.")] = 0.05,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Option NAME=VALUE of policy or method.")] = None,
+    save: Annotated[Path | None, typer.Option("--out", help="Write the calibration here (for offramp.enable).")] = None,
+    out: Json = None,
+) -> None:
+    """Choose thresholds on a trace so that a risk is bounded, and print what is promised."""
+    import offramp
+    from offramp.report.words import explain, promise
+
+    table = offramp.Trace.load(trace)
+    found = offramp.calibrate(
+        table, policy, method=method, risk=risk, alpha=alpha, delta=delta, **options_from(set_ or [])
+    )
+    outcome = offramp.simulate(table, found)
+    certificate = as_dict(found)
+    console().print(f"policy: {escape(str(found.policy))}", soft_wrap=True)
+    console().print(f"on this trace: {escape(str(outcome))}", soft_wrap=True)
+    console().print(f"[bold]{escape(promise(certificate['certificate'], found.note))}[/]", soft_wrap=True)
+    for name, value, meaning in explain(certificate["certificate"]):
+        console().print(f"  {name} = {escape(value)}: {escape(meaning)}", soft_wrap=True)
+    if save is not None:
+        found.save(save)
+        console().print(f"wrote {escape(str(save))}", soft_wrap=True)
+    values = {"depth_mean": outcome.depth_mean, "saved": outcome.saved, "agreement": outcome.agreement}
+    write_json(out, {**certificate, "outcome": values})
+
+
+def as_dict(calibration: Any) -> dict[str, Any]:
+    """Return policy, certificate and note of a calibration as plain JSON values."""
+    from dataclasses import asdict
+
+    made = calibration.certificate
+    return {
+        "policy": calibration.policy.config(),
+        "certificate": None if made is None else asdict(made),
+        "note": calibration.note,
+    }
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="The JSON of a run, e.g. demo/report.json.")],
+    page: Annotated[Path | None, typer.Option("--out", help="The HTML file; default: beside the JSON.")] = None,
+    out: Json = None,
+) -> None:
+    """Write one self-contained HTML file from the JSON of a run."""
+    from offramp.report import read, sections, write
+
+    body = read(run)
+    page = run.with_suffix(".html") if page is None else page
+    write(body, page)
+    console().print(f"wrote {escape(str(page))}", soft_wrap=True)
+    write_json(out, {"page": str(page), "sections": [name for name, _, _ in sections(body)]})
+
+
+def main() -> None:
+    """Run the command line."""
+    build()()

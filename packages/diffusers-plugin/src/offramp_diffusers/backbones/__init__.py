@@ -1,0 +1,1 @@
+"""Backbones of diffusers denoisers, found by structure."""

@@ -1,0 +1,176 @@
+"""Commands for language models: `offramp demo lm`, `bench lm|wide|encoder`, `fit lm`, `record lm`, `generate lm`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.text import Text
+
+from offramp.cli import Json, console, group, options_from, write_json
+
+Model = Annotated[str, typer.Argument(help="Directory or hub id of a causal language model.")]
+Data = Annotated[list[Path], typer.Option("--data", help="Text files; repeat for several.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Option NAME=VALUE.")]
+Exits = Annotated[str, typer.Option("--exits", help="Directory or hub id that exits.save() wrote.")]
+
+
+def add(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    table: dict[tuple[str, str], Callable[..., None]] = {
+        ("demo", "lm"): demo_lm,
+        ("bench", "lm"): bench_lm,
+        ("bench", "wide"): bench_wide,
+        ("bench", "encoder"): bench_encoder,
+        ("fit", "lm"): fit_lm,
+        ("record", "lm"): record_lm,
+        ("generate", "lm"): generate_lm,
+    }
+    for (verb, what), command in table.items():
+        group(app, verb).command(what)(command)
+
+
+def demo_lm(
+    folder: Annotated[Path, typer.Option("--out", help="Folder for the report and the fitted exits.")] = Path("demo"),
+    model: Annotated[Path | None, typer.Option(help="Model of the story; default: pycode-5m-layerskip.")] = None,
+    plain: Annotated[Path | None, typer.Option(help="Second model of the table; default: pycode-5m.")] = None,
+    prompts: Annotated[int | None, typer.Option(min=1, help="Held-out prompts to measure on.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Seconds instead of minutes; the numbers mean little.")] = False,
+    out: Json = None,
+) -> None:
+    """Attach, fit, record, calibrate and measure on a real model, and write a report."""
+    from offramp_hf.demo import run
+
+    started = time.perf_counter()
+    body = run(folder, model, plain, prompts, quick, console())
+    write_json(out, body)
+    console().print(f"wrote {escape(str(folder / 'report.html'))} and report.json in {time.perf_counter() - started:.0f} s")
+
+
+def bench_lm(
+    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts to measure on.")] = 50,
+    folder: Annotated[Path, typer.Option("--out", help="Folder of the fitted exits, shared with the demo.")] = Path("demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Few steps and windows; the numbers mean little.")] = False,
+    out: Json = None,
+) -> None:
+    """Measure every way of generating on both testbed models."""
+    from offramp_hf.bench import lm
+
+    write_json(out, lm(folder, prompts, quick, console()))
+
+
+def bench_wide(
+    width: Annotated[int, typer.Option(help="Width of the model.")] = 1024,
+    blocks: Annotated[int, typer.Option(help="Blocks; exits at 1/4, 1/2 and 3/4 of them.")] = 16,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 24,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    out: Json = None,
+) -> None:
+    """Measure realised / ideal of fixed exits on a wide model built from a config."""
+    from offramp_hf.bench_shapes import wide
+
+    write_json(out, wide(width, blocks, new_tokens, repeats, console()))
+
+
+def bench_encoder(
+    width: Annotated[int, typer.Option(help="Width of the encoder.")] = 256,
+    batch: Annotated[int, typer.Option(min=4, help="Rows of the batch.")] = 64,
+    length: Annotated[int, typer.Option(min=4, help="Tokens of each row.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1)] = 10,
+    out: Json = None,
+) -> None:
+    """Measure realised / ideal of rows that leave a 12-block encoder's batch evenly over 4 exits."""
+    from offramp_hf.bench_shapes import encoder
+
+    write_json(out, encoder(width, batch, length, repeats, console()))
+
+
+def fit_lm(
+    model: Model,
+    data: Data,
+    folder: Annotated[Path, typer.Option("--out", help="Directory for the fitted exits.")],
+    at: Annotated[str, typer.Option(help="Depths or fractions, e.g. 3,6,8 or 0.25,0.5.")] = "0.25,0.5,0.67",
+    head: Annotated[str, typer.Option(help="Name of the head.")] = "translator",
+    loss: Annotated[str, typer.Option(help="Name of the loss.")] = "distill",
+    steps: Annotated[int, typer.Option(min=1)] = 300,
+    window: Annotated[int, typer.Option(min=2, help="Tokens per training window.")] = 128,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Option NAME=VALUE of the head.")] = None,
+    out: Json = None,
+) -> None:
+    """Attach heads to a language model, train them on text files, and save them."""
+    import offramp
+    from offramp_hf.prepare import depths_of, load, windows
+
+    lm, tokenizer = load(model)
+    ids = windows(tokenizer, data, window)
+    exits = offramp.attach(lm, depths_of(at), head, **options_from(set_ or []))
+    report = offramp.fit(lm, ids, loss=loss, steps=steps)
+    exits.save(folder)
+    for depth in exits.at:
+        before, after = report.before[depth], report.agreement[depth]
+        console().print(f"depth {depth}: agrees with the full model on {after:.1%} of held-out tokens (before: {before:.1%})")
+    console().print(f"wrote {escape(str(folder))} after {report.seconds:.0f} s", soft_wrap=True)
+    body = {"at": list(exits.at), "head": head, "before": report.before, "agreement": report.agreement}
+    write_json(out, {**body, "loss": report.losses[-1], "seconds": report.seconds, "out": folder})
+
+
+def record_lm(
+    model: Model,
+    exits: Exits,
+    data: Data,
+    trace: Annotated[Path, typer.Option("--out", help="The trace, a safetensors file.")],
+    window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 64,
+    per_row: Annotated[int, typer.Option(min=1, help="Tokens kept per window: 1 gives independent samples.")] = 1,
+    out: Json = None,
+) -> None:
+    """Record what every exit says on text files."""
+    import offramp
+    from offramp_hf.prepare import load, windows
+
+    lm, tokenizer = load(model)
+    offramp.load(lm, exits)
+    ids = windows(tokenizer, data, window)
+    made = offramp.record(lm, {"input_ids": ids, "labels": ids}, per_row=per_row, progress=True)
+    made.save(trace)
+    console().print(f"wrote {escape(str(trace))}: {escape(repr(made))}", soft_wrap=True)
+    write_json(out, {"trace": trace, "rows": len(made), "depths": list(made.depths), "data_hash": made.data_hash})
+
+
+def generate_lm(
+    model: Model,
+    exits: Exits,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    policy: Annotated[str, typer.Option(help="Name of the policy.")] = "confidence",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Option NAME=VALUE of the policy.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="A calibration instead of a policy.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Lossless: the full model checks every token.")] = False,
+    new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
+    out: Json = None,
+) -> None:
+    """Continue a text and show at which depth each token was decided."""
+    import offramp
+    from offramp_hf.prepare import load, pieces
+
+    lm, tokenizer = load(model)
+    found = offramp.load(lm, exits)
+    chosen: Any = policy if calibration is None else offramp.Calibration.load(calibration)
+    options = options_from(set_ or [])
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    with offramp.enable(lm, chosen, verify=verify, **options) as run:
+        made = lm.generate(ids, attention_mask=ids.new_ones(ids.shape), max_new_tokens=new_tokens, do_sample=False)
+    tokens = pieces(tokenizer, made[0, ids.shape[1] :].tolist())
+    depths = run.stats.last_depths.tolist() or [run.backbone.depth] * len(tokens)
+    styles = ("bold green", "green", "cyan", "blue")
+    style = {d: styles[min(i, len(styles) - 1)] for i, d in enumerate(found.at)}
+    text = Text(prompt, style="dim")
+    for token, depth in zip(tokens, depths, strict=True):
+        text.append(token, style=style.get(depth, ""))
+    legend = Text.assemble(*[(f"depth {d}  ", style[d]) for d in found.at], f"full model {run.backbone.depth}")
+    console().print(text, legend, sep="\n\n")
+    console().print(f"blocks saved: {run.stats.saved:.1%}, mean depth {run.stats.depth_mean:.2f}")
+    sample = {"name": "generated", "prompt": prompt, "tokens": [{"text": t, "depth": d} for t, d in zip(tokens, depths, strict=True)]}
+    write_json(out, {"format": 1, "text": [sample], "depths": [*found.at, run.backbone.depth], "stats": run.stats.to_dict()})

@@ -1,0 +1,249 @@
+"""Measure ways of generating against each other: warmed, interleaved in one process, in rotating order."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import offramp
+from offramp.attach import RECORD
+from offramp.enable import Stats, paused
+
+
+@dataclass
+class Timed:
+    """What one way did with one item: seconds, and what it returned."""
+
+    seconds: float
+    result: Any
+
+
+@dataclass
+class Generate:
+    """One way to generate, greedily, from one prompt; a row of the table.
+
+    policy: enabled around every call (outside the clock) with the `enabled` options, None for the model as it is;
+    arguments: of `generate`. Statistics and what the decoding driver learned are kept from call to call, as they are
+    for a user who enables once.
+    """
+
+    name: str
+    model: Any
+    new_tokens: int = 96
+    policy: Any = None
+    enabled: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    stats: Stats = field(default_factory=Stats)
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Enable the policy while the context lasts."""
+        if self.policy is None:
+            yield
+            return
+        with offramp.enable(self.model, self.policy, **self.enabled) as run:
+            run.stats, run.memory = self.stats, self.memory
+            yield
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Return the ids [1, prompt + new] for the prompt ids [1, prompt]."""
+        found: Tensor = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=self.new_tokens,
+            do_sample=False,
+            **self.arguments,
+        )
+        return found
+
+
+def interleaved(
+    ways: Mapping[str, Callable[[Any], Any]],
+    items: Sequence[Any],
+    *,
+    warm: int = 2,
+    step: Callable[[], None] = lambda: None,
+) -> dict[str, list[Timed]]:
+    """Run every way on every item and return what each did, item by item.
+
+    For each item all ways run one after the other, starting with another one each time, so that a machine that gets
+    slower or faster does so for all of them. The first `warm` items run once before, unmeasured. A way may have
+    `ready()`, a context entered outside the clock, and `stats`, which are reset after the warm-up. step: called after
+    each item. The garbage collector rests while the clock runs, as in `timeit`.
+    """
+    names = list(ways)
+    for item in items[:warm]:
+        for name in names:
+            _once(ways[name], item)
+    for way in ways.values():
+        if isinstance(stats := getattr(way, "stats", None), Stats):
+            stats.reset()
+    found: dict[str, list[Timed]] = {name: [] for name in names}
+    for n, item in enumerate(items):
+        for i in range(len(names)):
+            name = names[(i + n) % len(names)]
+            found[name].append(_once(ways[name], item))
+        step()
+    return found
+
+
+def _once(way: Callable[[Any], Any], item: Any) -> Timed:
+    ready: Callable[[], AbstractContextManager[None]] = getattr(way, "ready", nullcontext)
+    collecting = gc.isenabled()
+    gc.collect(0)
+    with ready():
+        gc.disable()
+        try:
+            start = time.perf_counter()
+            result = way(item)
+            seconds = time.perf_counter() - start
+        finally:
+            if collecting:
+                gc.enable()
+    return Timed(seconds, result)
+
+
+def rows(
+    ways: Sequence[Generate],
+    timed: Mapping[str, list[Timed]],
+    prompts: Sequence[Tensor],
+    depth: int,
+    base: str = "generate",
+) -> list[dict[str, Any]]:
+    """Return one row of plain JSON values per way; speeds are relative to the way called `base`.
+
+    tokens_per_second: all tokens over all seconds; speedup: its ratio to that of `base` (where the texts are identical,
+    the ratio of the total times); speedup_median and speedup_quartiles: of the ratios prompt by prompt; identical: all
+    token ids of all prompts are equal; agreement: share of tokens that the full model chooses after the same text.
+    """
+    reference = timed[base]
+    out = []
+    for way in ways:
+        mine = timed[way.name]
+        made = [len(t.result[0]) - p.shape[1] for t, p in zip(mine, prompts, strict=True)]
+        base_made = [len(t.result[0]) - p.shape[1] for t, p in zip(reference, prompts, strict=True)]
+        rates = [n / t.seconds for n, t in zip(made, mine, strict=True)]
+        base_rates = [n / t.seconds for n, t in zip(base_made, reference, strict=True)]
+        total = sum(made) / sum(t.seconds for t in mine)
+        base_total = sum(base_made) / sum(t.seconds for t in reference)
+        ratios = [a / b for a, b in zip(rates, base_rates, strict=True)]
+        same = all(torch.equal(a.result, b.result) for a, b in zip(mine, reference, strict=True))
+        row = {
+            "name": way.name,
+            "tokens_per_second": total,
+            "tokens_per_second_quartiles": quartiles(rates),
+            "speedup": total / base_total,
+            "speedup_median": statistics.median(ratios),
+            "speedup_quartiles": quartiles(ratios),
+            "identical": same,
+            "agreement": 1.0 if same else agreement(way.model, [t.result for t in mine], prompts),
+            "prompts": len(mine),
+            "tokens": sum(made),
+        }
+        out.append({**row, **counts(way, sum(made), depth)})
+        if out[-1].get("bound"):
+            out[-1]["of_bound"] = out[-1]["speedup"] / out[-1]["bound"]
+    return out
+
+
+def counts(way: Generate, tokens: int, depth: int) -> dict[str, Any]:
+    """Return what ran, from the statistics of the run; a way that never exits early runs everything.
+
+    With g = tokens / rounds and L = depth, a round of gamma drafts from an exit at depth E runs L + gamma * E blocks, so
+    the bound on the speed is L * g / (L + gamma * E) if nothing but blocks took time. The blocks of a round are counted,
+    which is L + gamma * E for one exit and the right sum for several; overhead = gamma * E is what is beyond L.
+    """
+    stats = way.stats
+    if way.arguments:  # the framework's own drafting: offramp does not count in it
+        return dict.fromkeys(("saved", "accepted", "drafted", "blocks_run", "blocks_full", "rounds", "tokens_per_round", "bound"))
+    if not stats.blocks_full:
+        full = tokens * depth
+        body: dict[str, Any] = {"saved": 0.0, "accepted": 0, "drafted": 0, "blocks_run": full, "blocks_full": full}
+        return {**body, "rounds": tokens, "tokens_per_round": 1.0, "bound": 1.0, "exits": {str(depth): tokens}}
+    rounds = max(1, stats.rounds)
+    g, gamma = stats.tokens / rounds, stats.drafted / rounds
+    beyond = stats.blocks_run / rounds - depth
+    return {
+        "saved": stats.saved,
+        "accepted": stats.accepted,
+        "drafted": stats.drafted,
+        "blocks_run": stats.blocks_run,
+        "blocks_full": stats.blocks_full,
+        "rounds": stats.rounds,
+        "tokens_per_round": g,
+        "drafted_per_round": gamma,
+        "draft_depth": beyond / gamma if gamma else None,
+        "bound": depth * g / (depth + beyond),
+        "exits": {str(d): n for d, n in sorted(stats.exits.items())},
+        "depth_mean": stats.depth_mean,
+        "projected": stats.projected,
+    }
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """Return the lower quartile, the median and the upper quartile."""
+    if len(values) < 2:
+        return [values[0]] * 3
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
+@torch.no_grad()
+def agreement(model: Any, outputs: Sequence[Tensor], prompts: Sequence[Tensor]) -> float:
+    """Return the share of generated tokens that the full model chooses after the same text."""
+    hits, total = 0, 0
+    with paused(model):
+        for ids, prompt in zip(outputs, prompts, strict=True):
+            start = prompt.shape[1]
+            best = model(input_ids=ids).logits[0, start - 1 : -1].argmax(-1)
+            hits += int((best == ids[0, start:]).sum())
+            total += ids.shape[1] - start
+    return hits / max(total, 1)
+
+
+def count_blocks(way: Generate, prompts: Sequence[Tensor]) -> dict[str, Any]:
+    """Return the block calls of a way that offramp does not drive, counted by hooks in an unmeasured run."""
+    blocks = way.model.__dict__[RECORD].backbone.blocks
+    calls, tokens = [0], 0
+
+    def one(*args: Any) -> None:
+        calls[0] += 1
+
+    handles = [block.register_forward_hook(one) for block in blocks]
+    try:
+        with way.ready():
+            for ids in prompts:
+                tokens += len(way(ids)[0]) - ids.shape[1]
+    finally:
+        for handle in handles:
+            handle.remove()
+    full = tokens * len(blocks)
+    return {"blocks_run": calls[0], "blocks_full": full, "saved": 1 - calls[0] / full, "counted_on": len(prompts)}
+
+
+def machine() -> str:
+    """Return what the numbers were measured on, in words."""
+    import transformers
+
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
+    except OSError:
+        pass  # not Linux: the short name has to do
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = torch.get_num_threads()
+    return (
+        f"{cores} CPU cores ({name}), {threads} thread{'s' if threads != 1 else ''}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}"
+    )
