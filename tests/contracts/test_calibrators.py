@@ -8,7 +8,8 @@ import torch
 
 import offramp
 from offramp._registry import create, lookup
-from offramp.calibrator import Calibration, Calibrator
+from offramp.calibration import Calibration
+from offramp.calibrator import Calibrator
 from offramp.policy import ExitPolicy
 from offramp.testing import ContractError
 from offramp.testing.calibrators import check_calibrator, toy_trace

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import offramp
-from offramp.calibrator import Calibration
+from offramp.calibration import Calibration
 from offramp.enable import OPTIONS, RUN, Run, Stats
 from offramp.errors import BadArgument, NotAttached, OfframpError, UnknownName
 from offramp.testing.toy import ToyBackbone

@@ -18,8 +18,9 @@ def make():
     """Build a DiT of 6 small blocks."""
 
     def build(**config):
-        small = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 4, "num_layers": 6}
-        return shake(DiTTransformer2DModel(**{**small, "sample_size": 8, "patch_size": 2, "num_embeds_ada_norm": 1000, **config}))
+        small = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 6, "num_embeds_ada_norm": 1000}
+        latents = {"in_channels": 4, "out_channels": 4, "sample_size": 8, "patch_size": 2}
+        return shake(DiTTransformer2DModel(**{**small, **latents, **config}))
 
     return build
 

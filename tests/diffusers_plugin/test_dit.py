@@ -254,15 +254,16 @@ def test_passthrough_is_refused_on_classifiers():
 
 def pixart():
     return PixArtTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=4, cross_attention_dim=16,
-        sample_size=8, patch_size=2, caption_channels=12, use_additional_conditions=False,
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=4, sample_size=8,
+        patch_size=2, cross_attention_dim=16, caption_channels=12, use_additional_conditions=False,
     )  # fmt: skip
 
 
 def sana():
     return SanaTransformer2DModel(
         in_channels=4, out_channels=4, num_layers=4, num_attention_heads=2, attention_head_dim=8, patch_size=1,
-        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=12, sample_size=8,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=12,
+        sample_size=8,
     )  # fmt: skip
 
 
@@ -292,7 +293,8 @@ def test_relatives_by_structure(build):
 def sd3():
     return SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=10, out_channels=4, pos_embed_max_size=8,
+        joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=10, out_channels=4,
+        pos_embed_max_size=8,
     )  # fmt: skip
 
 

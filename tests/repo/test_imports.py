@@ -19,7 +19,7 @@ MACHINES = {"offramp.engine", "offramp.attach", "offramp.fit"}
 
 def inside(module, *packages):
     """Is the module one of the packages or in one of them?"""
-    return any(module == p or module.startswith(p + ".") for p in packages)
+    return any(module == p or module.startswith(p if p.endswith("._") else p + ".") for p in packages)
 
 
 def module_name(path, source):
@@ -76,7 +76,9 @@ def allowed_of_ours(name):
         return tuple(CONTRACTS)
     for folder in FOLDERS:
         if name.startswith(folder + "."):
-            return (*CONTRACTS, "offramp.kernels", "offramp._registry")
+            # calibrators work on traces; `_shared.py` files of a folder belong to the folder
+            more = ("offramp.calibration", "offramp.trace", "offramp.risks", "offramp.pvalues") if "calibrators" in folder else ()
+            return (*CONTRACTS, "offramp.kernels", "offramp._registry", f"{folder}._", *more)
     return None
 
 

@@ -273,8 +273,8 @@ def test_real_digits_end_to_end():
     y = torch.tensor(digits.target)
     order = torch.randperm(len(x))
     x, y, test_x, test_y = x[order[:1200]], y[order[:1200]], x[order[1200:]], y[order[1200:]]
-    small = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 48, "depth": 6, "num_heads": 4, "mlp_ratio": 2}
-    model = train(timm.models.vision_transformer.VisionTransformer(**small, num_classes=10), x, y, 250)
+    small = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 48, "num_heads": 4, "mlp_ratio": 2}
+    model = train(timm.models.vision_transformer.VisionTransformer(**small, depth=6, num_classes=10), x, y, 250)
     with torch.no_grad():
         right = (model(test_x).argmax(-1) == test_y).float().mean().item()
     offramp.attach(model, at=[2, 3, 4], head="linear")

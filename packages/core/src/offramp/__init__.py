@@ -14,7 +14,7 @@ from offramp.attach import load as load
 from offramp.backbone import Backbone as Backbone
 from offramp.backbone import Tap as Tap
 from offramp.calibrate import calibrate as calibrate
-from offramp.calibrator import Calibration as Calibration
+from offramp.calibration import Calibration as Calibration
 from offramp.calibrator import Calibrator as Calibrator
 from offramp.calibrator import Certificate as Certificate
 from offramp.enable import Run as Run

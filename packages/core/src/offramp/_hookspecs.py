@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pluggy
@@ -30,3 +31,8 @@ def offramp_commands(app: typer.Typer) -> None:
 @hookspec
 def offramp_watch(loaded: Callable[[nn.Module], None]) -> Callable[[], None] | None:
     """Call `loaded(model)` for every model your framework loads from now on; return the undo."""
+
+
+@hookspec
+def offramp_fetch(source: str) -> Path | None:
+    """Return the folder of the model-hub id `source` on this machine, fetched if needed; None when your hub has no such id."""

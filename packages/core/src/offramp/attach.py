@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from offramp import checkpoint
-from offramp._plugins import adapt
+from offramp._plugins import adapt, plugins
 from offramp._registry import lookup
 from offramp.backbone import Backbone
 from offramp.errors import BadArgument, DamagedFile, NotAttached, check_options
@@ -172,8 +172,9 @@ def load(model: nn.Module, source: str | Path) -> Exits:
 
 def _download(name: str) -> Path:
     try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        found = plugins().manager.hook.offramp_fetch(source=name)
     except Exception as error:  # no hub, no network, no such id: one answer
         raise DamagedFile(f"{name!r} is neither a directory nor a hub id that can be fetched: {error}") from error
+    if not found:
+        raise DamagedFile(f"{name!r} is not a directory, and no plugin can fetch it from a hub: pip install offramp-hf")
+    return Path(found[0])

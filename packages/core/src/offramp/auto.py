@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.abc
+import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Sequence

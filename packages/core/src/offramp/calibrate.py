@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from offramp._registry import create, lookup
-from offramp.calibrator import Calibration, Calibrator
+from offramp.calibration import Calibration
+from offramp.calibrator import Calibrator
 from offramp.enable import make_policy
 from offramp.errors import BadArgument, check_options
 from offramp.policy import ExitPolicy

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from offramp.errors import DamagedFile
 from offramp.policy import ExitPolicy
 
 if TYPE_CHECKING:
+    from offramp.calibration import Calibration
     from offramp.trace import Trace
-
-FORMAT = 1
-
 
 @dataclass(frozen=True)
 class Certificate:
@@ -36,41 +31,6 @@ class Certificate:
     order: tuple[Any, ...]
     data_hash: str
     model_hash: str
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """A policy with its thresholds; `certificate` is None when nothing is promised ("uncertified")."""
-
-    policy: ExitPolicy
-    certificate: Certificate | None = None
-    note: str = ""
-
-    def save(self, path: str | Path) -> None:
-        """Write one JSON file, atomically."""
-        from offramp.checkpoint import write_text
-
-        body = {
-            "format": FORMAT,
-            "policy": self.policy.config(),
-            "certificate": None if self.certificate is None else asdict(self.certificate),
-            "note": self.note,
-        }
-        write_text(Path(path), json.dumps(body, indent=2))
-
-    @classmethod
-    def load(cls, path: str | Path) -> Calibration:
-        """Read what `save` wrote; raises `DamagedFile` when it is not that."""
-        from offramp._registry import policy_from
-        from offramp.checkpoint import read_json
-
-        body = read_json(Path(path), FORMAT, ("policy", "certificate"))
-        raw = body["certificate"]
-        try:
-            certificate = None if raw is None else Certificate(**{**raw, "order": tuple(raw["order"])})
-        except (TypeError, KeyError) as error:
-            raise DamagedFile(f"{path}: its certificate is not complete ({error})") from error
-        return cls(policy_from(body["policy"]), certificate, body.get("note", ""))
 
 
 class Calibrator(ABC):

@@ -30,6 +30,9 @@ def write_bytes(path: Path, data: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # a temporary file is private; a saved one is as readable as any other
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

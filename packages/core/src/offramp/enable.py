@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from offramp._registry import create, lookup, policy_from
 from offramp.attach import RECORD, Exits, find, load
-from offramp.calibrator import Calibration
+from offramp.calibration import Calibration
 from offramp.errors import BadArgument, NotAttached, check_options
 from offramp.policy import ExitPolicy
 
@@ -27,7 +27,7 @@ class Stats:
     """What really ran. One unit of `blocks_run` is one call of one block for one row; prediction that never stops: full.
 
     rows: rows or tokens decided; exits: how many stopped at each depth; blocks_full: what the full model would have run;
-    nonfinite: rows kept going because their evidence was not finite; last_depths: exit depth of each row (token) of the
+    nonfinite: looks at an exit that could not stop a row because its evidence was not finite; last_depths: exit depth of each row (token) of the
     last call. Generation adds tokens, rounds (visits of the deepest block), drafted and accepted tokens,
     and projected: blocks of which only keys and values were computed (kv="propagate").
     """
@@ -85,6 +85,9 @@ class Options:
     strict: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("verify", "strict"):
+            if not isinstance(getattr(self, name), bool):
+                raise BadArgument(f"{name}={getattr(self, name)!r} must be True or False")
         if self.kv not in KV:
             raise BadArgument(f"kv={self.kv!r} is not known; choose one of {', '.join(KV)}")
         if self.draft is not None and (isinstance(self.draft, bool) or not isinstance(self.draft, int) or self.draft < 1):

@@ -26,7 +26,7 @@ def look(
     position: Tensor | None = None,
     prediction: Tensor | None = None,
 ) -> Evidence:
-    """Return the evidence of exit `index` for pooled states [rows, width]; the head runs only if the policy needs it."""
+    """Return the evidence of exit `index` for pooled states [rows, width]; its head runs only if it is needed."""
     depths, needs = run.exits.at, run.policy.statistics()
     depth = depths[index]
     if prediction is None and needs & LOGITS:

@@ -74,3 +74,8 @@ class ExitHead(nn.Module):
     def share(self, base: HeadContext) -> None:
         """Keep the backbone's projection without registering it: it stays the backbone's, also in `state_dict`."""
         self.__dict__["base"] = base
+
+    def unembed(self, features: Tensor) -> Tensor:
+        """Read normed features [..., width] with the shared projection: [..., classes]."""
+        base: HeadContext = self.__dict__["base"]
+        return base.finish(base.projection(features))

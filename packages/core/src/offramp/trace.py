@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.calibrator import Calibration
+from offramp.calibration import Calibration
 from offramp.enable import make_policy
 from offramp.errors import BadArgument, DamagedFile
 from offramp.policy import Evidence, ExitPolicy

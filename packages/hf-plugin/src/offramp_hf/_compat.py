@@ -36,13 +36,20 @@ _WHOLE_BATCH = {
 }
 
 
+def named_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """Return all arguments of `generate` by name, None when they do not fit its signature."""
+    if len(args) > 1 + _GENERATE.index("custom_generate") or kwargs.keys() & set(_GENERATE[: len(args)]):
+        return None
+    return {**dict(zip(_GENERATE, args, strict=False)), **kwargs}
+
+
 def prepared_config(model: Any, given: Any, kwargs: dict[str, Any]) -> Any:
     """Return the generation config that this call will use."""
     rest = {k: v for k, v in kwargs.items() if k not in _GENERATE}
     return type(model)._prepare_generation_config(model, given, **rest)[0]
 
 
-def why_not_mode(config: Any, args: Any, kwargs: dict[str, Any]) -> str | None:
+def why_not_mode(config: Any, kwargs: dict[str, Any]) -> str | None:
     """Return why this call cannot be decoded early, from its arguments alone; None when it can."""
     from transformers.generation import GenerationMode
 
@@ -85,6 +92,28 @@ def with_stop_strings(config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
+def older_tokens(config: Any, inputs: dict[str, Any], ids: Any) -> int:
+    """Return how many tokens are in the given cache but not in `ids`."""
+    mask = inputs.get("attention_mask")
+    if inputs.get("encoder_outputs") is not None:
+        return 0
+    seen: int = getattr(config, "_mask_length", ids.shape[1]) if mask is None else mask.shape[1]
+    return max(0, seen - ids.shape[1])
+
+
+def why_not_rope(model: Any, longest: int) -> str | None:
+    """Return why positions up to `longest` cannot be decoded early: rotary frequencies that change with the length."""
+    text = model.config.get_text_config(decoder=True)
+    parameters = getattr(text, "rope_parameters", None) or {}
+    for one in (parameters, *parameters.values()):
+        kind = one.get("rope_type", "") if isinstance(one, dict) else ""
+        if "dynamic" in kind or kind == "longrope":
+            limit = one.get("original_max_position_embeddings") or text.max_position_embeddings
+            if longest > limit:
+                return f"{kind} rotary scaling past {limit} tokens ({longest}): its frequencies change with the length"
+    return None
+
+
 def why_not_call(config: Any, processors: Any, inputs: dict[str, Any], ids: Any) -> str | None:
     """Return why the prepared inputs cannot be decoded early; None when they can."""
     odd = sorted(k for k, v in inputs.items() if k not in _CARRIED and v is not None)
@@ -95,12 +124,16 @@ def why_not_call(config: Any, processors: Any, inputs: dict[str, Any], ids: Any)
     for kind in (type(one).__name__ for one in processors):
         if kind == "UnbatchedClassifierFreeGuidanceLogitsProcessor":
             return "guidance_scale"
+        if kind == "SynthIDTextWatermarkLogitsProcessor":
+            return "a watermark whose processor remembers every call"
         if kind in _WHOLE_BATCH and ids.shape[0] > 1:
             return f"{_WHOLE_BATCH[kind]} with more than one row"
     mask, position = inputs.get("attention_mask"), inputs.get("position_ids")
+    if mask is not None and mask.dim() != 2:
+        return f"an attention_mask of {mask.dim()} dimensions"
     if position is not None and "encoder_outputs" not in inputs:
-        length = ids.shape[1] if mask is None else mask.sum(-1)
-        if not bool((position[:, -1] == length - 1).all()) and mask is not None:
+        length = ids.shape[1] + older_tokens(config, inputs, ids) if mask is None else mask.sum(-1)
+        if not bool((position[:, -1] == length - 1).all()):
             return "position_ids that do not count the tokens"
     return None
 

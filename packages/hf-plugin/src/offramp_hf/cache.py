@@ -141,10 +141,10 @@ def why_not(cache: Any, depth: int, longest: int) -> str | None:
 
 @contextmanager
 def borrowed(cache: DynamicCache, depth: int, wanted: bool = True) -> Iterator[WindowCache]:
-    """Yield a `WindowCache` holding what `cache` holds; afterwards `cache` is a plain, exact cache again, also after an error.
+    """Yield a `WindowCache` holding what `cache` holds; afterwards `cache` holds what the window came to hold.
 
-    Rejected and half-run tokens are cropped: every layer ends with the tokens that all layers hold. With `wanted` False
-    nobody will look at the cache again, and it is left as it was.
+    Rejected and half-run tokens are cropped: every layer ends with the tokens that all layers hold. After an error, and
+    with `wanted` False, `cache` is left as it was: the same call can be made again.
     """
     plain = cache.layers
     layers = []
@@ -154,11 +154,9 @@ def borrowed(cache: DynamicCache, depth: int, wanted: bool = True) -> Iterator[W
             new.update(old.keys, old.values)
         layers.append(new)
     window = WindowCache(layers)
-    try:
-        yield window
-    finally:
-        if wanted:
-            _give_back(cache, window)
+    yield window
+    if wanted:
+        _give_back(cache, window)
 
 
 def _give_back(cache: DynamicCache, window: WindowCache) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,14 @@ def offramp_commands(app: typer.Typer) -> None:
     from offramp_hf.commands import add
 
     add(app)
+
+
+@hookimpl
+def offramp_fetch(source: str) -> Path:
+    """Return the folder of an exits directory on the model hub, fetched as every other model file is."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
 
 
 @hookimpl

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from offramp._registry import create, register
-from offramp.calibrator import Calibration, Calibrator, Certificate, Losses
+from offramp.calibration import Calibration
+from offramp.calibrator import Calibrator, Certificate, Losses
 from offramp.errors import BadArgument
 from offramp.policy import ExitPolicy
 from offramp.pvalues import binomial_p, hoeffding_bentkus_p, rows_needed

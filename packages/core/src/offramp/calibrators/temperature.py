@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from offramp._registry import create, register
-from offramp.calibrator import Calibration, Calibrator, Losses
+from offramp.calibration import Calibration
+from offramp.calibrator import Calibrator, Losses
 from offramp.errors import BadArgument
 from offramp.policy import ExitPolicy
 from offramp.trace import UNLABELLED, Trace

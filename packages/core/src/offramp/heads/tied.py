@@ -27,5 +27,4 @@ class Tied(ExitHead):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map hidden [..., width] to logits [..., classes]."""
-        base: HeadContext = self.__dict__["base"]
-        return base.finish(base.projection(self.exit_norm(hidden)))
+        return self.unembed(self.exit_norm(hidden))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from offramp._registry import lookup
-from offramp.calibrator import Calibration
+from offramp.calibration import Calibration
 from offramp.errors import BadArgument
 from offramp.policy import ExitPolicy
 from offramp.trace import Trace, simulate

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from offramp._registry import create
-from offramp.calibrator import Calibration, Calibrator
+from offramp.calibration import Calibration
+from offramp.calibrator import Calibrator
 from offramp.kernels.confidence import confidence, cosine
 from offramp.policy import ExitPolicy
 from offramp.risks import losses

@@ -180,7 +180,7 @@ class EncoderDecoder(Decoder):
         from offramp_hf.cache import GrowingLayer, WindowCache
         from offramp_hf.decode.runner import Place, Through
 
-        read, ids, place = self._ids(2, 7), self._ids(2, 6), Place(None, None)
+        read, ids, place = self._ids(2, 7), self._ids(2, 6), Place(None)
         seen = torch.ones_like(read)
         seen[0, -2:] = 0
         encoded = self.model.get_encoder()(input_ids=read, attention_mask=seen, return_dict=True)

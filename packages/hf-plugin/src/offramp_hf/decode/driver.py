@@ -31,9 +31,12 @@ class Driver:
         self.heads: list[ExitHead] = [run.exits[d] for d in run.exits.at]
         self.context = run.backbone.context()
         self.needs = run.policy.statistics()
-        position = None if mask is None else mask.sum(-1)
-        self.place = Place(mask, position)
         self.slots = cache.shortest()
+        #: tokens in the cache that are not in the ids, when a call brings a cache and only the tokens after it
+        self.older = max(0, self.slots - rows.prompt)
+        self.place = Place(mask, self.older + rows.longest)
+        #: how far right the slots of each row were moved
+        self.shift = [0] * rows.batch
         self.waiting: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.depths]
 
     def newest(self) -> Tensor:
@@ -108,9 +111,19 @@ class Driver:
                 mask = mask.gather(1, index.clamp(min=0)) * (index >= 0)
                 for layer in self.cache.layers:
                     layer.gather(index.clamp(min=0))
-            place.position = mask.sum(-1)
+            self.shift = [s + most - k for s, k in zip(self.shift, kept, strict=True)]
             place.mask = mask
         self.slots = total
+
+    def leave(self) -> None:
+        """Leave the cache as the framework does: token j of a row in slot j, all but the newest token."""
+        length = self.older + self.rows.stop - 1
+        if any(self.shift):
+            shift = torch.tensor(self.shift, device=self.rows.ids.device)[:, None]
+            index = torch.arange(length, device=shift.device)[None] + shift
+            for layer in self.cache.layers:
+                layer.gather(index.clamp(max=layer.length - 1))
+        self.cache.crop_to(length)
 
     def widen(self, new: int) -> None:
         """Let the mask cover `new` more slots; they are all seen."""

@@ -15,11 +15,15 @@ class Early(Driver):
     (CALM, arXiv 2207.07061)."""
 
     def generate(self) -> None:
-        """Run steps until every row has stopped, then leave the cache exact."""
+        """Run steps until every row has stopped."""
         while not self.rows.done:
             self.step()
+
+    def leave(self) -> None:
+        """Run what waits, so that every layer holds every token."""
         if any(self.waiting):
             self.finish()
+        super().leave()
 
     def step(self) -> None:
         """Decide one token per row."""
@@ -35,8 +39,6 @@ class Early(Driver):
         elif self.run.options.kv == "propagate":
             self.store(level)
         self.slots += 1
-        if self.place.position is not None:
-            self.place.position = self.place.position + 1
         if answer is None:  # every row had ended before; nothing of this is kept
             return
         prefix = self.rows.ids[:, : self.rows.length[0]]

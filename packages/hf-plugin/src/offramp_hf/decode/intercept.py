@@ -49,32 +49,35 @@ class Generation:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as the framework's method does, early where the policy allows it; same arguments, same return."""
         run = self.run
-        given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        named = _compat.named_arguments(args, kwargs)
+        if named is None:  # too many, or one given twice: the framework's own error
+            return self.original(*args, **kwargs)
+        given = named.get("generation_config")
         flag = getattr(given, "early_exit", None)
         policy, options = (run.policy, run.options) if flag is None else self.override(flag)
         if run.paused or getattr(type(policy), "name", "") == "never":
             return self.original(*args, **kwargs)
-        config = _compat.prepared_config(self.model, given, kwargs)
-        reason = _compat.why_not_mode(config, args, kwargs)
+        config = _compat.prepared_config(self.model, given, named)
+        reason = _compat.why_not_mode(config, named)
         if reason is not None:
             self.fall_back(reason, options)
             return self.original(*args, **kwargs)
-        call = Call(self, policy, options, kwargs.get("streamer"))
-        return self.original(*args, **_compat.with_stop_strings(config, kwargs), custom_generate=call.decode)
+        call = Call(self, policy, options, named.get("streamer"))
+        return self.original(**{**_compat.with_stop_strings(config, named), "custom_generate": call.decode})
 
     def override(self, flag: Mapping[str, Any]) -> tuple[ExitPolicy, Options]:
         """Return policy and options of a per-call `generation_config.early_exit`."""
         config, options, _ = parse_flag(flag)
         return make_policy(config, self.run.exits.at), options
 
-    def fall_back(self, reason: str, options: Options) -> None:
-        """Say once why the full model runs, or raise with `strict=True`."""
+    def fall_back(self, reason: str, options: Options, level: int = 3) -> None:
+        """Say once why the full model runs, or raise with `strict=True`. level: frames up to the user's line."""
         message = f"early exit is off for this call: {reason}; the full model generates"
         if options.strict:
             raise Unsupported(f"{reason} cannot be decoded early, and strict=True forbids the full model")
         if reason not in self.warned:
             self.warned.add(reason)
-            warnings.warn(message, UserWarning, stacklevel=4)
+            warnings.warn(message, UserWarning, stacklevel=level)
 
 
 class Call:
@@ -103,9 +106,10 @@ class Call:
         backbone, longest = self.run.backbone, generation_config.max_length
         whole, cache = _compat.self_cache(model_kwargs)
         reason = _compat.why_not_call(generation_config, logits_processor, model_kwargs, input_ids)
-        reason = reason or why_not(cache, backbone.depth, longest)
+        held = longest + _compat.older_tokens(generation_config, model_kwargs, input_ids)
+        reason = reason or _compat.why_not_rope(model, held) or why_not(cache, backbone.depth, held)
         if reason is not None:
-            self.owner.fall_back(reason, self.run.options)
+            self.owner.fall_back(reason, self.run.options, 7)
             return _compat.own_loop(
                 model, input_ids, logits_processor, stopping_criteria, generation_config, self.streamer, model_kwargs
             )
@@ -115,12 +119,17 @@ class Call:
         wanted = generation_config.return_dict_in_generate or getattr(whole, "_is_user_defined", False)
         with borrowed(cache, backbone.depth, wanted) as window:
             model_kwargs["past_key_values"] = _compat.with_self_cache(model_kwargs, window)
-            self.loop(model, rows, chooser, generation_config, model_kwargs, window)
+            self.loop(model, rows, chooser, generation_config, model_kwargs, window, wanted)
         self.count(rows)
         return _compat.output(model, rows, generation_config, model_kwargs, whole)
 
-    def loop(self, model: Any, rows: Rows, chooser: Chooser, config: Any, inputs: dict[str, Any], cache: WindowCache) -> None:
-        """Prefill with the full model, take the first token from it, then decode in windows."""
+    def loop(
+        self, model: Any, rows: Rows, chooser: Chooser, config: Any, inputs: dict[str, Any], cache: WindowCache, wanted: bool
+    ) -> None:
+        """Prefill with the full model, take the first token from it, then decode in windows.
+
+        wanted: whether someone looks at the cache afterwards, so that it has to hold every token.
+        """
         run = self.run
         first = _compat.prefill(model, rows.ids[:, : rows.prompt], config, inputs)[:, -1]
         run.stats.blocks_run += run.backbone.depth * rows.batch
@@ -137,6 +146,8 @@ class Call:
         )
         with torch.inference_mode() if runner.inference else nullcontext():
             driver.generate()
+            if wanted:
+                driver.leave()
 
     def count(self, rows: Rows) -> None:
         """Add this call to the statistics of the run."""

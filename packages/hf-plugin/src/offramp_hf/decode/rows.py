@@ -42,7 +42,8 @@ class Rows:
 
     def live(self, row: int) -> bool:
         """Whether a row still takes tokens."""
-        return self.finished[row] is None if self.pads else not self.done
+        # without an end token rows go on until all have stopped, but no further than there is room
+        return self.finished[row] is None if self.pads else not self.done and self.length[row] < self.ids.shape[1]
 
     @property
     def done(self) -> bool:
@@ -55,6 +56,11 @@ class Rows:
     def target(self) -> int:
         """Length of the returned rows."""
         return max(f for f in self.finished if f is not None)
+
+    @property
+    def stop(self) -> int:
+        """Length of what is returned."""
+        return max(self.length) if self.pads else self.target
 
     def commit(self, row: int, token: int, depth: int, scores: Tensor | None = None, logits: Tensor | None = None) -> bool:
         """Append one token to one row and ask its criteria; returns whether the row takes more."""
@@ -71,7 +77,7 @@ class Rows:
             if bool(self.criteria(self.prefix(row), seen).any()):
                 self.finished[row] = at + 1
         self.stream()
-        return self.live(row) and self.length[row] < self.ids.shape[1]
+        return self.live(row)
 
     def commit_all(self, tokens: Tensor, depths: list[int], scores: Tensor | None = None, logits: Tensor | None = None) -> None:
         """Append one token to every row at once; needs rows of equal length. tokens: [batch]."""
@@ -104,7 +110,9 @@ class Rows:
 
     def result(self) -> Tensor:
         """Return [batch, longest row] ids, right-padded, with everything streamed and the streamer closed."""
-        stop = self.target if not self.pads else max(self.length)
+        stop = self.stop
+        for row in self.depths:
+            del row[stop - self.prompt :]
         if self.streamer is not None:
             while self.put < stop:
                 self.streamer.put(self.ids[:, self.put].cpu())
@@ -114,7 +122,7 @@ class Rows:
 
     def steps(self, kept: list[list[Tensor]]) -> tuple[Tensor, ...]:
         """Return per-step [batch, classes] tensors; a row that had ended holds zeros."""
-        count = max(len(row) for row in kept)
+        count = min(max(len(row) for row in kept), self.stop - self.prompt)
         zero = torch.zeros_like(next(row[0] for row in kept if row))
         return tuple(torch.cat([row[i] if i < len(row) else zero for row in kept]) for i in range(count))
 

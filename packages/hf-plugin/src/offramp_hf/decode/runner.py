@@ -21,11 +21,20 @@ class Stop(Exception):  # noqa: N818  (a signal, not an error)
 
 
 class Place:
-    """Where new tokens go. mask: [batch, slots] of 0/1 over all slots so far, or None without padding; position: [batch]
-    tokens already stored per row, or None when every row holds `slots` of them."""
+    """Where new tokens go. mask: [batch, slots] of 0/1 over all slots so far, or None without padding; longest: most tokens
+    a row may come to hold (0: unknown)."""
 
-    def __init__(self, mask: Tensor | None, position: Tensor | None) -> None:
-        self.mask, self.position = mask, position
+    def __init__(self, mask: Tensor | None, longest: int = 0) -> None:
+        self.mask, self.longest = mask, longest
+
+    def positions(self, slots: int, new: int, device: torch.device) -> Tensor:
+        """Return the positions [batch or 1, new] of `new` tokens behind `slots` stored ones: how many of the row's own
+        tokens come before."""
+        offset = torch.arange(new, device=device)[None]
+        if self.mask is None:
+            return offset + slots
+        # drafts of a row that is nearly full, and rows that ended, would run past a learned position table; nobody reads them
+        return (self.mask[:, :slots].sum(-1, keepdim=True) + offset).clamp(max=max(self.longest, 1) - 1)
 
 
 class Through:
@@ -97,8 +106,7 @@ class Through:
         if place.mask is not None:
             inputs[self.decoder.mask_name] = place.mask[:, : slots + new]
         if self.position_name is not None:
-            offset = torch.arange(new, device=tokens.device)[None]
-            inputs[self.position_name] = offset + slots if place.position is None else place.position[:, None] + offset
+            inputs[self.position_name] = place.positions(slots, new, tokens.device)
         undo = self.decoder.chain().install(handler)
         try:
             with self.cache.seen_from(start):

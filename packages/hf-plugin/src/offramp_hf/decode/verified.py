@@ -75,8 +75,8 @@ class Verified(Driver):
             drafts.append(token)
             guesses.append(scores)
             if rows.batch == 1 and looks[-1].tokens[0] in rows.ends:
-                state = self.enter(token, levels[0])
                 self.widen(len(drafts) + 1)
+                self.enter(token, levels[0])
                 break
         self.settle(drafts, guesses, looks, live)
 
