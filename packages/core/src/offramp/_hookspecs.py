@@ -19,7 +19,7 @@ hookimpl = pluggy.HookimplMarker("offramp")
 
 
 @hookspec
-def offramp_adapt(model: nn.Module) -> Backbone | None:  # type: ignore[empty-body]
+def offramp_adapt(model: nn.Module) -> Backbone | None:
     """Return the backbone of `model`, or None when it is not yours; raise `UnsupportedModel` when it is yours but not understood."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from offramp._registry import create, lookup, policy_from
 from offramp.attach import RECORD, Exits, find, load
 from offramp.calibration import Calibration
+from offramp.calibrator import Certificate
 from offramp.errors import BadArgument, NotAttached, check_options
 from offramp.policy import ExitPolicy
 
@@ -186,7 +188,22 @@ def enable(
     exits = find(model)
     chosen = {k: options.pop(k) for k in OPTIONS if k in options}
     run = Run(exits, make_policy(policy, exits.at, **options), Options(**chosen))
+    if isinstance(policy, Calibration) and policy.certificate is not None:
+        _check_promise(exits, policy.certificate)
     return _start(run)
+
+
+def _check_promise(exits: Exits, certificate: Certificate) -> None:
+    """Warn when a certificate was made on other weights than these: its promise does not cover them."""
+    from offramp.record import fingerprint
+
+    if certificate.model_hash not in ("", fingerprint(exits)):
+        warnings.warn(
+            "this calibration was made with other weights (model or heads): its certificate does not hold for this model; "
+            "record a trace with it and calibrate again",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _start(run: Run) -> Run:

@@ -88,7 +88,10 @@ def record(
 def _one(exits: Exits, batch: Any, per_row: int | None, generator: torch.Generator, logits: bool) -> dict[str, Tensor]:
     seen = exits.backbone.observe(batch, exits.at)
     keep = _pick(seen.sample, per_row, generator) if per_row and seen.sample is not None else None
-    cut = (lambda t: t[keep.to(t.device)]) if keep is not None else (lambda t: t)
+
+    def cut(rows: Tensor) -> Tensor:
+        return rows if keep is None else rows[keep.to(rows.device)]
+
     states = [cut(h) for h in seen.hidden]
     final = cut(seen.final)
     answers = [exits[d](h) for d, h in zip(exits.at, states, strict=True)]

@@ -39,7 +39,9 @@ def demo_lm(
     model: Annotated[Path | None, typer.Option(help="Model of the story; default: pycode-5m-layerskip.")] = None,
     plain: Annotated[Path | None, typer.Option(help="Second model of the table; default: pycode-5m.")] = None,
     prompts: Annotated[int | None, typer.Option(min=1, help="Held-out prompts to measure on.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Seconds instead of minutes; the numbers mean little.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Seconds instead of minutes; the numbers mean little.")
+    ] = False,
     out: Json = None,
 ) -> None:
     """Attach, fit, record, calibrate and measure on a real model, and write a report."""
@@ -48,12 +50,16 @@ def demo_lm(
     started = time.perf_counter()
     body = run(folder, model, plain, prompts, quick, console())
     write_json(out, body)
-    console().print(f"wrote {escape(str(folder / 'report.html'))} and report.json in {time.perf_counter() - started:.0f} s")
+    console().print(
+        f"wrote {escape(str(folder / 'report.html'))} and report.json in {time.perf_counter() - started:.0f} s"
+    )
 
 
 def bench_lm(
     prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts to measure on.")] = 50,
-    folder: Annotated[Path, typer.Option("--out", help="Folder of the fitted exits, shared with the demo.")] = Path("demo"),
+    folder: Annotated[Path, typer.Option("--out", help="Folder of the fitted exits, shared with the demo.")] = Path(
+        "demo"
+    ),
     quick: Annotated[bool, typer.Option("--quick", help="Few steps and windows; the numbers mean little.")] = False,
     out: Json = None,
 ) -> None:
@@ -112,7 +118,9 @@ def fit_lm(
     exits.save(folder)
     for depth in exits.at:
         before, after = report.before[depth], report.agreement[depth]
-        console().print(f"depth {depth}: agrees with the full model on {after:.1%} of held-out tokens (before: {before:.1%})")
+        console().print(
+            f"depth {depth}: agrees with the full model on {after:.1%} of held-out tokens (before: {before:.1%})"
+        )
     console().print(f"wrote {escape(str(folder))} after {report.seconds:.0f} s", soft_wrap=True)
     body = {"at": list(exits.at), "head": head, "before": report.before, "agreement": report.agreement}
     write_json(out, {**body, "loss": report.losses[-1], "seconds": report.seconds, "out": folder})
@@ -172,5 +180,11 @@ def generate_lm(
     legend = Text.assemble(*[(f"depth {d}  ", style[d]) for d in found.at], f"full model {run.backbone.depth}")
     console().print(text, legend, sep="\n\n")
     console().print(f"blocks saved: {run.stats.saved:.1%}, mean depth {run.stats.depth_mean:.2f}")
-    sample = {"name": "generated", "prompt": prompt, "tokens": [{"text": t, "depth": d} for t, d in zip(tokens, depths, strict=True)]}
-    write_json(out, {"format": 1, "text": [sample], "depths": [*found.at, run.backbone.depth], "stats": run.stats.to_dict()})
+    sample = {
+        "name": "generated",
+        "prompt": prompt,
+        "tokens": [{"text": t, "depth": d} for t, d in zip(tokens, depths, strict=True)],
+    }
+    write_json(
+        out, {"format": 1, "text": [sample], "depths": [*found.at, run.backbone.depth], "stats": run.stats.to_dict()}
+    )

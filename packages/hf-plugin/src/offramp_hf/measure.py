@@ -160,13 +160,15 @@ def rows(
 def counts(way: Generate, tokens: int, depth: int) -> dict[str, Any]:
     """Return what ran, from the statistics of the run; a way that never exits early runs everything.
 
-    With g = tokens / rounds and L = depth, a round of gamma drafts from an exit at depth E runs L + gamma * E blocks, so
-    the bound on the speed is L * g / (L + gamma * E) if nothing but blocks took time. The blocks of a round are counted,
-    which is L + gamma * E for one exit and the right sum for several; overhead = gamma * E is what is beyond L.
+    With g = tokens / rounds and L = depth, a round of gamma drafts from an exit at depth E runs L + gamma * E blocks,
+    so the bound on the speed is L * g / (L + gamma * E) if nothing but blocks took time. The blocks of a round are
+    counted: that is L + gamma * E for one exit, and the right sum for several (draft_depth is E, their mean).
     """
     stats = way.stats
     if way.arguments:  # the framework's own drafting: offramp does not count in it
-        return dict.fromkeys(("saved", "accepted", "drafted", "blocks_run", "blocks_full", "rounds", "tokens_per_round", "bound"))
+        return dict.fromkeys(
+            ("saved", "accepted", "drafted", "blocks_run", "blocks_full", "rounds", "tokens_per_round", "bound")
+        )
     if not stats.blocks_full:
         full = tokens * depth
         body: dict[str, Any] = {"saved": 0.0, "accepted": 0, "drafted": 0, "blocks_run": full, "blocks_full": full}

@@ -17,7 +17,7 @@ MOST = 40
 
 
 def summary(trace: Trace, chosen: Calibration | None = None, policies: Sequence[str] = POLICIES) -> dict[str, Any]:
-    """Return plain JSON values: rows, depths, agreement of each exit, the curves, and where `chosen` lies among them."""
+    """Return plain JSON values: rows, depths, agreement of each exit, the curves, and where `chosen` lies."""
     same = (trace.label == trace.label[:, -1:]).double().mean(0).tolist()
     body: dict[str, Any] = {
         "rows": len(trace),
@@ -34,7 +34,9 @@ def summary(trace: Trace, chosen: Calibration | None = None, policies: Sequence[
 def curve(trace: Trace, name: str) -> list[dict[str, Any]]:
     """Return points {setting, depth_mean, agreement, saved} by depth; none where the policy does not fit the trace."""
     try:
-        rungs = lookup(ExitPolicy, name).example(trace.depths[:-1], trace.classes).ladder(trace.depths[:-1], trace.classes)
+        rungs = (
+            lookup(ExitPolicy, name).example(trace.depths[:-1], trace.classes).ladder(trace.depths[:-1], trace.classes)
+        )
         points = [{"setting": _setting(rung), **_point(trace, rung)} for rung in _thin(rungs)]
     except BadArgument:  # e.g. patience with one exit, or a statistic that the trace does not hold
         return []

@@ -33,7 +33,7 @@ def html(run: Mapping[str, Any]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{escape(title)}</title><style>{style}</style></head><body><main>"
-        f"<header><h1>{escape(title)}</h1>{_lead(run)}</header><nav aria-label=\"Sections\">{links}</nav>{body}"
+        f'<header><h1>{escape(title)}</h1>{_lead(run)}</header><nav aria-label="Sections">{links}</nav>{body}'
         f"<footer>{_origin(run)}</footer></main></body></html>\n"
     )
 
@@ -64,9 +64,18 @@ def level_of(depth: int, depths: Sequence[int]) -> int:
 def depths_of(run: Mapping[str, Any]) -> list[int]:
     """Return exits and full depth, from wherever the run says them."""
     found = {int(d) for d in (run.get("trace") or {}).get("depths", [])}
-    found |= {int(d) for d in run.get("depths", [])} | {int(d) for d in (run.get("exits") or {})}
+    found |= {int(d) for d in run.get("depths", [])}
+    found |= {int(d) for counts in groups_of(run).values() for d in counts}
     found |= {int(t["depth"]) for one in run.get("text") or [] for t in one.get("tokens", [])}
     return sorted(found)
+
+
+def groups_of(run: Mapping[str, Any]) -> dict[str, Mapping[str, int]]:
+    """Return how many tokens were decided at each depth, by way; a run of one way need not name it."""
+    found = run.get("exits") or {}
+    if any(isinstance(counts, Mapping) for counts in found.values()):
+        return dict(found)
+    return {"": found} if found else {}
 
 
 def _lead(run: Mapping[str, Any]) -> str:
@@ -78,16 +87,30 @@ def _lead(run: Mapping[str, Any]) -> str:
         tiles.append(("verified", f"{row['speedup']:.2f}×", f"speed of generate, {same}"))
     if (row := rows.get("calibrated")) is not None:
         certified = run.get("certificate") is not None
-        tiles.append(("calibrated", f"{row['speedup']:.2f}×", "speed of generate, " + ("certified" if certified else "uncertified")))
+        tiles.append(
+            (
+                "calibrated",
+                f"{row['speedup']:.2f}×",
+                "speed of generate, " + ("certified" if certified else "uncertified"),
+            )
+        )
     if run.get("certificate"):
         c = run["certificate"]
         tiles.append(("promise", f"≤ {percent(c['alpha'])}", f"{c['risk']}, at {percent(1 - c['delta'])} confidence"))
-    cells = "".join(f"<li><span>{escape(a)}</span><strong>{escape(b)}</strong><small>{escape(c)}</small></li>" for a, b, c in tiles)
+    cells = "".join(
+        f"<li><span>{escape(a)}</span><strong>{escape(b)}</strong><small>{escape(c)}</small></li>" for a, b, c in tiles
+    )
     return "".join([*said, f'<ul class="tiles">{cells}</ul>' if cells else ""])
 
 
 def _origin(run: Mapping[str, Any]) -> str:
-    parts = [("Command", "command"), ("Model", "model"), ("Machine", "machine"), ("Date", "date"), ("offramp", "version")]
+    parts = [
+        ("Command", "command"),
+        ("Model", "model"),
+        ("Machine", "machine"),
+        ("Date", "date"),
+        ("offramp", "version"),
+    ]
     rows = "".join(f"<dt>{name}</dt><dd>{escape(str(run[key]))}</dd>" for name, key in parts if run.get(key))
     return f"<dl>{rows}</dl>"
 
@@ -95,7 +118,8 @@ def _origin(run: Mapping[str, Any]) -> str:
 def _legend(depths: Sequence[int]) -> str:
     full = depths[-1] if depths else 0
     items = "".join(
-        f'<li><span class="t d{level_of(d, depths)}">{"full model" if d == full else f"depth {d}"}</span></li>' for d in depths
+        f'<li><span class="t d{level_of(d, depths)}">{"full model" if d == full else f"depth {d}"}</span></li>'
+        for d in depths
     )
     return f'<ul class="legend" aria-label="Legend: depth at which a token was decided">{items}</ul>'
 
@@ -107,28 +131,34 @@ def _text(run: Mapping[str, Any]) -> str:
     for one in samples:
         tokens = one.get("tokens", [])
         early = sum(t["depth"] < depths[-1] for t in tokens)
-        spans = "".join(
-            f'<span class="t d{level_of(t["depth"], depths)}" title="{_told(t["depth"], depths)}">{escape(str(t["text"]))}</span>'
-            for t in tokens
-        )
+        spans = "".join(_token(str(t["text"]), int(t["depth"]), depths) for t in tokens)
         prompt = f'<span class="prompt">{escape(str(one.get("prompt", "")))}</span>'
         parts.append(
             f"<figure><figcaption>{escape(str(one.get('name', 'generated')))}: {early} of {len(tokens)} tokens were "
-            f'decided before the last block. The prompt is grey.</figcaption><pre tabindex="0">{prompt}{spans}</pre></figure>'
+            "decided before the last block. The prompt is grey.</figcaption>"
+            f'<pre tabindex="0">{prompt}{spans}</pre></figure>'
         )
     return "".join(parts)
 
 
+def _token(text: str, depth: int, depths: Sequence[int]) -> str:
+    level = level_of(depth, depths)
+    return f'<span class="t d{level}" title="{_told(depth, depths)}">{escape(text)}</span>'
+
+
 def _told(depth: int, depths: Sequence[int]) -> str:
-    return f"decided by the full model ({depth} blocks)" if depth >= depths[-1] else f"decided at depth {depth} of {depths[-1]}"
+    return (
+        f"decided by the full model ({depth} blocks)"
+        if depth >= depths[-1]
+        else f"decided at depth {depth} of {depths[-1]}"
+    )
 
 
 def _exits(run: Mapping[str, Any]) -> str:
-    found = run.get("exits") or {}
-    if not found:
+    groups = groups_of(run)
+    if not groups:
         return ""
-    groups = found if all(isinstance(v, Mapping) for v in found.values()) else {"": found}
-    depths, parts = depths_of({**run, "exits": next(iter(groups.values()))}), []
+    depths, parts = depths_of(run), []
     for name, counts in groups.items():
         total = sum(counts.values()) or 1
         items = []
@@ -158,13 +188,24 @@ def _curves(run: Mapping[str, Any]) -> str:
     if certificate.get("risk") == "disagreement":
         guides.append((1 - certificate["alpha"], f"promised: {percent(1 - certificate['alpha'])}"))
     depths = trace["depths"]
-    axes = svg.Axes((depths[0], depths[-1]), (max(0.0, lowest - 0.03), 1.0), "mean depth (blocks run per token)", "agreement", guides)
-    title = "Agreement with the full model against mean depth, one line per policy; the same numbers are in the table below"
+    axes = svg.Axes(
+        (depths[0], depths[-1]),
+        (max(0.0, lowest - 0.03), 1.0),
+        "mean depth (blocks run per token)",
+        "agreement",
+        guides,
+    )
+    title = (
+        "Agreement with the full model against mean depth, one line per policy; the same numbers are in the table below"
+    )
     star = (chosen["depth_mean"], chosen["agreement"], _point("calibrated", chosen)) if chosen else None
     keys = "".join(f"<li>{svg.swatch(i)}{escape(line.name)}</li>" for i, line in enumerate(series))
     keys += '<li><span class="starkey" aria-hidden="true">★</span>calibrated</li>' if chosen else ""
     picture = f'<figure>{svg.lines(series, axes, title, star)}<ul class="legend">{keys}</ul></figure>'
-    said = f"<p>Simulated on the {trace['rows']:,} rows of the trace, without running the model. Higher and further left is better.</p>"
+    said = (
+        f"<p>Simulated on the {trace['rows']:,} rows of the trace, without running the model. "
+        "Higher and further left is better.</p>"
+    )
     return said + picture + _curve_table(curves, trace)
 
 
@@ -192,12 +233,21 @@ def _curve_table(curves: Mapping[str, Sequence[Mapping[str, Any]]], trace: Mappi
     )
 
 
+def _together(text: str) -> str:
+    """Return escaped text whose percent signs stay with their numbers."""
+    return escape(text).replace(" %", "&nbsp;%")
+
+
 def _certificate(run: Mapping[str, Any]) -> str:
     certificate = run.get("certificate")
-    said = f'<p class="promise">{escape(promise(certificate, str(run.get("note") or "")))}</p>'
+    said = f'<p class="promise">{_together(promise(certificate, str(run.get("note") or "")))}</p>'
     policy = run.get("policy") or {}
     what = ", ".join(f"{k} {v}" for k, v in policy.items() if k != "policy")
-    chosen = f"<p>Policy: <code>{escape(str(policy.get('policy')))}{f' ({escape(what)})' if what else ''}</code></p>" if policy else ""
+    chosen = (
+        f"<p>Policy: <code>{escape(str(policy.get('policy')))}{f' ({escape(what)})' if what else ''}</code></p>"
+        if policy
+        else ""
+    )
     rows = "".join(
         f"<dt>{escape(name)}</dt><dd><code>{escape(value)}</code><span>{escape(meaning)}</span></dd>"
         for name, value, meaning in explain(certificate)

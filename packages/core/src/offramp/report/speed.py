@@ -21,22 +21,34 @@ def tables(run: Mapping[str, Any]) -> str:
     parts = []
     for key, name in (("rows", run.get("model") or "model"), ("plain_rows", run.get("plain_model") or "plain model")):
         if run.get(key):
-            parts.append(_table(run[key], f"{name}: {run.get('prompts', '')} prompts, measured interleaved in one process"))
+            count = run[key][0].get("prompts") or run.get("prompts") or "some"
+            parts.append(_table(run[key], f"{name}: {count} prompts, measured interleaved in one process"))
     if not parts:
         return ""
     names = dict.fromkeys(row["name"] for key in ("rows", "plain_rows") for row in run.get(key) or [])
     known = "".join(f"<dt>{escape(n)}</dt><dd>{escape(MEANING[n])}</dd>" for n in names if n in MEANING)
     note = (
-        "<p>Speed is relative to generate: the ratio of tokens per second over all prompts, and in brackets the quartiles of "
-        "the ratios prompt by prompt. Identical: all token ids of all prompts are equal to those of generate. Agreement: share "
-        "of tokens that the full model would have chosen after the same text. Blocks: calls of a block, of those that the full "
-        "model would make. Bound: tokens over blocks run, the speed if nothing but blocks took time.</p>"
+        "<p>Speed is relative to generate: the ratio of tokens per second over all prompts, and in brackets the "
+        "quartiles of the ratios prompt by prompt. Identical: all token ids of all prompts are equal to those of "
+        "generate. Agreement: share of tokens that the full model would have chosen after the same text. Blocks: calls "
+        "of a block, of those that the full model would make. Bound: full over "
+        "run, the speed if nothing but calls of blocks took time.</p>"
     )
     return "".join(parts) + note + f'<dl class="fields">{known}</dl>'
 
 
 def _table(rows: Sequence[Mapping[str, Any]], caption: str) -> str:
-    columns = ("tokens / s", "speed", "identical", "agreement", "blocks saved", "accepted / drafted", "tokens / round", "bound", "blocks run / full")
+    columns = (
+        "tokens / s",
+        "speed",
+        "identical",
+        "agreement",
+        "blocks saved",
+        "accepted / drafted",
+        "tokens / round",
+        "bound",
+        "blocks run / full",
+    )
     head = "".join(f'<th scope="col">{c}</th>' for c in ("way", *columns))
     body = "".join(f'<tr><th scope="row">{escape(str(r["name"]))}{_layer(r)}</th>{_cells(r)}</tr>' for r in rows)
     label = escape(caption)

@@ -1,4 +1,4 @@
-"""Two small pictures as inline SVG: bars and lines, with a text alternative and colours from the page's own variables."""
+"""Two small pictures as inline SVG: bars and lines, with a text alternative and the page's own colours."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def bars(items: Sequence[tuple[str, float, str, int]], title: str) -> str:
     for i, (name, value, text, level) in enumerate(items):
         y, long = i * row + 4, (WIDTH - left - right) * value / most
         parts.append(f'<text x="{left - 8}" y="{y + 16}" text-anchor="end">{escape(name)}</text>')
-        parts.append(f'<rect class="f{level}" x="{left}" y="{y}" width="{max(long, 1):.1f}" height="{row - 8}" rx="3"/>')
+        parts.append(
+            f'<rect class="f{level}" x="{left}" y="{y}" width="{max(long, 1):.1f}" height="{row - 8}" rx="3"/>'
+        )
         parts.append(f'<text x="{left + long + 6:.1f}" y="{y + 16}">{escape(text)}</text>')
     return "".join([*parts, "</svg>"])
 
@@ -90,12 +92,27 @@ def mark(i: int, x: float, y: float) -> str:
         return f'<path d="M{x - r:.1f} {y - r:.1f}l{2 * r} {2 * r}m0 {-2 * r}l{-2 * r} {2 * r}"/>'
     if kind == "bar":
         return f'<path d="M{x:.1f} {y - r - 1:.1f}v{2 * r + 2}"/>'
-    corners = [(0, -r - 1), (r + 1, r), (-r - 1, r)] if kind == "triangle" else [(0, -r - 1), (r + 1, 0), (0, r + 1), (-r - 1, 0)]
+    corners = (
+        [(0, -r - 1), (r + 1, r), (-r - 1, r)]
+        if kind == "triangle"
+        else [(0, -r - 1), (r + 1, 0), (0, r + 1), (-r - 1, 0)]
+    )
     return f'<polygon points="{" ".join(f"{x + a:.1f},{y + b:.1f}" for a, b in corners)}"/>'
 
 
 def _star(x: float, y: float) -> str:
-    offsets = [(0, -9), (2.6, -3), (9, -2.6), (4, 1.6), (5.6, 8), (0, 4.4), (-5.6, 8), (-4, 1.6), (-9, -2.6), (-2.6, -3)]
+    offsets = [
+        (0, -9),
+        (2.6, -3),
+        (9, -2.6),
+        (4, 1.6),
+        (5.6, 8),
+        (0, 4.4),
+        (-5.6, 8),
+        (-4, 1.6),
+        (-9, -2.6),
+        (-2.6, -3),
+    ]
     return f'<polygon points="{" ".join(f"{x + a:.1f},{y + b:.1f}" for a, b in offsets)}"/>'
 
 

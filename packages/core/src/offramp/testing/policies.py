@@ -166,7 +166,7 @@ def check_ladder(policy: ExitPolicy, depths: Sequence[int], classes: int, eviden
 def no_wait(who: object) -> Iterator[None]:
     """Return a context in which reading a tensor's value on the host raises `ContractError`."""
 
-    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             name = func._schema.name.split("::")[-1]
             by_mask = name == "index" and any(

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offramp.errors import BadArgument
+
 
 class Chooser:
     """The framework's logits processors followed by argmax or sampling, and the acceptance rules of speculation.
@@ -24,6 +26,12 @@ class Chooser:
             return logits.float()
         with torch.inference_mode(False), torch.no_grad():  # user code gets ordinary tensors
             out: Tensor = self.processors(prefix, logits.to(torch.float32, copy=True))
+        if out.shape != logits.shape:
+            raise BadArgument(
+                f"a logits processor answered {list(logits.shape)} scores with {list(out.shape)}: with verify=True rows have "
+                f"prefixes of different length and processors are called row by row, so one that knows its place in the "
+                f"batch cannot work; use verify=False, or generate row by row"
+            )
         return out
 
     def pick(self, scores: Tensor) -> Tensor:

@@ -59,11 +59,15 @@ class Early(Driver):
             seen = self.look(level, state, previous, position)
             stop, memory, finite = decide(policy, memory, seen)
             previous = seen.hidden
+            made = seen.prediction
+            if made is None and bool(stop.any()):  # nobody has looked at these logits yet
+                made = self.heads[level](state[:, -1])
+                finite = finite & made.amax(-1).isfinite()
+                stop = stop & finite
             new = stop & ~stopped
             some, every, bad = torch.stack([new.any(), (stopped | new).all(), (~finite).sum()]).tolist()
             self.run.stats.nonfinite += bad
-            if some:
-                made = self.heads[level](state[:, -1]) if seen.prediction is None else seen.prediction
+            if some and made is not None:
                 answer = made if answer is None else torch.where(new[:, None], made, answer)
                 depths = torch.where(new, self.depths[level], depths)
                 stopped = stopped | new

@@ -131,7 +131,7 @@ class Verified(Driver):
             prefix = prefix if extra is None else torch.cat([prefix, extra[row : row + 1]], 1)
             parts.append(chooser.scores(prefix, prediction[row : row + 1]))
         scores = torch.cat(parts)
-        return scores, chooser.pick(scores)
+        return scores, chooser.pick(scores.nan_to_num())  # a head's NaN is no error: such a draft is never accepted
 
     def settle(self, drafts: list[Tensor], guesses: list[Tensor], looks: list[Look], live: list[bool]) -> None:
         """Run the deep blocks on everything drafted, commit what each row gets, and crop the cache to it."""

@@ -1,0 +1,228 @@
+"""`offramp bench wide` and `offramp bench encoder`: time saved over what the skipped blocks would have cost."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import offramp
+from offramp.policy import Evidence, ExitPolicy, State
+from offramp_hf import measure
+from offramp_hf.bench import origin
+from offramp_hf.measure import Generate
+
+#: tokens of the prompt of `wide`: few, so that decoding is what is measured
+PROMPT = 16
+#: exits of the 12-block encoder
+ENCODER_AT = (2, 5, 8, 11)
+
+
+class BlockClock:
+    """Seconds spent in each block, summed over calls, while the context lasts."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        self.blocks = blocks
+        self.seconds = [0.0] * len(blocks)
+        self.started = 0.0
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Put a hook before and after each block."""
+        handles = []
+        for i, block in enumerate(self.blocks):
+            handles.append(block.register_forward_pre_hook(self.start))
+            handles.append(block.register_forward_hook(self.stopper(i)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def start(self, *args: Any) -> None:
+        """Start the clock of the block that is called."""
+        self.started = time.perf_counter()
+
+    def stopper(self, index: int) -> Callable[..., None]:
+        """Return the hook that stops the clock of block `index`."""
+
+        def stop(*args: Any) -> None:
+            self.seconds[index] += time.perf_counter() - self.started
+
+        return stop
+
+
+class Clocked(BlockClock):
+    """A way that runs `call` with the clock on; keeps seconds per block of every call."""
+
+    def __init__(self, blocks: Sequence[nn.Module], call: Callable[[Any], Any]) -> None:
+        super().__init__(blocks)
+        self.call = call
+        self.kept: list[list[float]] = []
+
+    def __call__(self, item: Any) -> Any:
+        """Run once."""
+        self.seconds = [0.0] * len(self.blocks)
+        result = self.call(item)
+        self.kept.append(self.seconds)
+        return result
+
+    def median(self, last: int) -> list[float]:
+        """Return the median seconds of each block over the last calls."""
+        return [statistics.median(one) for one in zip(*self.kept[-last:], strict=True)]
+
+
+def wide(width: int, blocks: int, new_tokens: int, repeats: int, console: Console) -> dict[str, Any]:
+    """Measure `fixed` exits at a quarter, half and three quarters of a bf16 Llama of this shape, lossy, batch 1.
+
+    ideal: the measured time of the skipped blocks while decoding (all tokens after the first, which the prefill gives);
+    realised: plain time minus early time, over ideal. One row per exit and way of supplying deeper keys and values.
+    """
+    model, at = wide_model(width, blocks), [round(blocks * f) for f in (0.25, 0.5, 0.75)]
+    ids = torch.arange(PROMPT)[None] % model.config.vocab_size
+    with offramp.attach(model, at) as exits:
+        free = {"eos_token_id": None}
+        plain = Generate("generate", model, new_tokens, arguments=free)
+        first = Generate("prefill", model, 1, arguments=free)
+        full, prefill = Clocked(exits.backbone.blocks, plain), Clocked(exits.backbone.blocks, first)  # type: ignore[attr-defined]
+        ways: dict[str, Any] = {"generate": plain, "clocked": full, "prefill": prefill}
+        for depth in at:
+            for kv in ("catch_up", "propagate"):
+                policy = offramp.policy("fixed", depth=depth)
+                name = f"fixed {depth} {kv}"
+                ways[name] = Generate(name, model, new_tokens, policy, {"kv": kv}, arguments=free)
+        timed = measure.interleaved(ways, [ids] * repeats, warm=1)
+    cost = [a - b for a, b in zip(full.median(repeats), prefill.median(repeats), strict=True)]
+    base, rows = _median(timed["generate"]), []
+    for name in list(ways)[3:]:
+        depth, stats = int(name.split()[1]), ways[name].stats
+        rows.append(_row(name, base, _median(timed[name]), sum(cost[depth:]), stats.saved))
+    return _finish(
+        f"Llama, {blocks} blocks, width {width}, bf16, batch 1, {new_tokens} tokens",
+        rows,
+        "offramp bench wide",
+        console,
+    )
+
+
+def wide_model(width: int, blocks: int) -> Any:
+    """Return a random bf16 Llama of this shape."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=width,
+        intermediate_size=round(2.75 * width),
+        num_hidden_layers=blocks,
+        num_attention_heads=max(1, width // 64),
+        num_key_value_heads=max(1, width // 256),
+        max_position_embeddings=512,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+@dataclass(frozen=True)
+class Evenly(ExitPolicy):
+    """Row r of the batch leaves at exit r modulo the number of exits, whatever it holds: only for measuring."""
+
+    exits: int = 4
+
+    def start(self, batch: int, device: torch.device | str) -> State:
+        """Number the rows."""
+        return {"row": torch.arange(batch, device=device)}
+
+    def step(self, state: State, seen: Evidence) -> tuple[Tensor, State]:
+        """Stop the rows whose turn it is."""
+        return state["row"] % self.exits <= seen.index, state
+
+
+def encoder(width: int, batch: int, length: int, repeats: int, console: Console) -> dict[str, Any]:
+    """Measure a 12-block BERT classifier whose rows leave the batch evenly over 4 exits.
+
+    ideal: for each block, its measured time at the full batch times the share of rows that had left before it.
+    """
+    model = encoder_model(width, length)
+    ids = torch.arange(batch * length).view(batch, length) % 500 + 1
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with offramp.attach(model, ENCODER_AT) as exits, torch.no_grad():
+        early = Early(model, Evenly(len(ENCODER_AT)))
+        clock = Clocked(exits.backbone.blocks, lambda one: model(**one))  # type: ignore[attr-defined]
+        ways: dict[str, Any] = {"full": lambda one: model(**one), "clocked": clock, "evenly": early}
+        timed = measure.interleaved(ways, [inputs] * repeats, warm=2)
+    counts = [sum(r % len(ENCODER_AT) == i for r in range(batch)) for i in range(len(ENCODER_AT))]
+    ideal = 0.0
+    for block, seconds in enumerate(clock.median(repeats)):
+        gone = sum(n for n, depth in zip(counts, ENCODER_AT, strict=True) if depth <= block)
+        ideal += seconds * gone / batch
+    row = _row("evenly over 4 exits", _median(timed["full"]), _median(timed["evenly"]), ideal, early.stats.saved)
+    title = f"BERT, 12 blocks, width {width}, float32, batch {batch}, {length} tokens"
+    return _finish(title, [row], "offramp bench encoder", console)
+
+
+class Early:
+    """A single pass with a policy enabled outside the clock."""
+
+    def __init__(self, model: Any, policy: ExitPolicy) -> None:
+        self.model, self.policy = model, policy
+        self.stats = offramp.Stats()
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Enable the policy."""
+        with offramp.enable(self.model, self.policy) as run:
+            run.stats = self.stats
+            yield
+
+    def __call__(self, inputs: Any) -> Any:
+        """Run the model."""
+        return self.model(**inputs)
+
+
+def encoder_model(width: int, length: int) -> Any:
+    """Return a random 12-block BERT classifier."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=512,
+        hidden_size=width,
+        num_hidden_layers=12,
+        num_attention_heads=max(1, width // 64),
+        intermediate_size=4 * width,
+        max_position_embeddings=max(64, length),
+        num_labels=4,
+    )
+    return BertForSequenceClassification(config).eval()
+
+
+def _median(timed: Sequence[measure.Timed]) -> float:
+    return statistics.median(t.seconds for t in timed)
+
+
+def _row(name: str, full: float, early: float, ideal: float, saved: float) -> dict[str, Any]:
+    body = {"name": name, "seconds_full": full, "seconds": early, "speedup": full / early, "blocks_saved": saved}
+    return {**body, "saved_seconds": full - early, "ideal_seconds": ideal, "realised": (full - early) / ideal}
+
+
+def _finish(title: str, rows: list[dict[str, Any]], command: str, console: Console) -> dict[str, Any]:
+    out = Table(title=title, title_justify="left")
+    for n, name in enumerate(("way", "full", "early", "speed", "time saved", "of skipped blocks", "realised / ideal")):
+        out.add_column(name, justify="right" if n else "left")
+    for r in rows:
+        seconds = [f"{1000 * r[k]:.0f} ms" for k in ("seconds_full", "seconds", "saved_seconds", "ideal_seconds")]
+        out.add_row(r["name"], *seconds[:2], f"{r['speedup']:.2f}x", *seconds[2:], f"{r['realised']:.2f}")
+    console.print(out)
+    body = {"format": 1, "title": title, "shapes": rows, **origin(command)}
+    console.print(f"{body['machine']}, {body['date']}", soft_wrap=True)
+    return body

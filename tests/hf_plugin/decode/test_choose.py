@@ -1,0 +1,116 @@
+"""Sampling with drafts has the full model's own distribution; rules of acceptance one by one."""
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from transformers import LogitsProcessorList
+
+import offramp
+from offramp_hf.decode.choose import Chooser
+
+DRAWS, VOCAB = 6000, 8
+
+
+def pairs(model, prompt, **kwargs):
+    """Count the texts of three tokens: [vocab ** 3]; the last two come from drafts, where drafts are made."""
+    out = model.generate(
+        prompt, do_sample=True, max_new_tokens=3, min_new_tokens=3, num_return_sequences=DRAWS, **kwargs
+    )[:, -3:]
+    return torch.bincount((out * torch.tensor([VOCAB**2, VOCAB, 1])).sum(-1), minlength=VOCAB**3).double()
+
+
+def exact(model, prompt, temperature=1.0, top_k=0):
+    """The probability of every text of three tokens, from the full model."""
+    def after(ids):
+        scores = model(input_ids=ids).logits[:, -1].double() / temperature
+        if top_k:
+            scores[scores < scores.topk(top_k).values[:, -1:]] = -torch.inf
+        return scores.softmax(-1)
+
+    with torch.no_grad():
+        p, ids = torch.ones(1, dtype=torch.double), prompt
+        for _ in range(3):
+            p = (p[:, None] * after(ids)).flatten()
+            tail = torch.arange(VOCAB).repeat(len(ids))[:, None]
+            ids = torch.cat([ids.repeat_interleave(VOCAB, 0), tail], 1)
+    return p
+
+
+def p_value(counts, p):
+    assert counts[p == 0].sum() == 0, "a text that the full model cannot say"
+    common = p * DRAWS >= 5
+    found = torch.cat([counts[common], counts[~common].sum()[None]])
+    wanted = torch.cat([p[common], p[~common].sum()[None]]) * DRAWS
+    keep = wanted > 0
+    return chisquare(found[keep].numpy(), (wanted[keep] * found.sum() / wanted[keep].sum()).numpy()).pvalue
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.6, "top_k": 4}], ids=["plain", "warped"])
+def test_same_distribution(make, options):
+    model = make(vocab=VOCAB, scale=0.5, hidden_size=16, intermediate_size=32)
+    model.generation_config.top_k = options.pop("top_k", 0)
+    prompt, given = torch.tensor([[3, 4, 5]]), {"top_k": model.generation_config.top_k, **options}
+    p = exact(model, prompt, **given)
+    offramp.attach(model, at=[2])
+    torch.manual_seed(3)
+    with offramp.enable(model, "confidence", threshold=0.0, verify=True, draft=2) as run:
+        assert p_value(pairs(model, prompt, **options), p) > 1e-3
+        assert 0.2 < run.stats.accepted / run.stats.drafted < 0.99
+    # the test can fail: what the exit alone would say is another distribution
+    with offramp.enable(model, "fixed", depth=2):
+        assert p_value(pairs(model, prompt, **options), p) < 1e-6 or given["top_k"]
+
+
+def chooser(sample):
+    return Chooser(LogitsProcessorList(), sample)
+
+
+def test_greedy_acceptance():
+    logits = torch.eye(4)[[1, 2, 3]] * 5  # the full model says 1, 2, 3
+    prefix, guesses = torch.tensor([[0]]), [torch.zeros(1, 4)] * 2
+    assert chooser(False).judge(prefix, [1, 2], logits, guesses)[0] == [1, 2, 3]
+    assert chooser(False).judge(prefix, [1, 0], logits, guesses)[0] == [1, 2]
+    assert chooser(False).judge(prefix, [3, 2], logits, guesses)[0] == [1]
+    assert chooser(False).judge(prefix, [], logits[:1], [])[0] == [1]
+
+
+def test_sampled_acceptance_is_the_quotient():
+    """P(draft kept) = min(1, p/q), and a rejected draft is replaced from max(0, p - q)."""
+    p, q = torch.tensor([0.5, 0.3, 0.2, 0.0]), torch.tensor([0.25, 0.1, 0.4, 0.25])
+    logits, guess, n = p.log()[None].repeat(2, 1), q.log()[None], 4000
+    for draft in range(4):
+        first = [chooser(True).judge(torch.tensor([[0]]), [draft], logits, [guess])[0][0] for _ in range(n // 4)]
+        counts = torch.bincount(torch.tensor(first), minlength=4).double() / len(first)
+        kept = min(1.0, float(p[draft] / q[draft]))
+        rest = (p - q).clamp(min=0) / (p - q).clamp(min=0).sum() * (1 - kept)
+        rest[draft] += kept
+        torch.testing.assert_close(counts.float(), rest, rtol=0, atol=0.06)
+
+
+def test_equal_distributions_always_keep():
+    same = torch.randn(1, 50)
+    for _ in range(50):
+        draft = int(chooser(True).pick(same))
+        tokens, _ = chooser(True).judge(torch.tensor([[0]]), [draft], same.repeat(2, 1), [same])
+        assert tokens[0] == draft and len(tokens) == 2
+
+
+def test_a_draft_from_nan_is_replaced(make):
+    """A broken head neither raises nor biases: each of its drafts is replaced by a draw from the full model."""
+    model = make(vocab=VOCAB)
+    exits = offramp.attach(model, at=[2])
+    exits[2].exit_norm.weight.data.fill_(float("nan"))
+    for policy in ({"policy": "fixed", "depth": 2}, {"policy": "confidence", "threshold": 0.0}):
+        with offramp.enable(model, offramp.policy(policy.pop("policy"), **policy), verify=True, draft=2) as run:
+            out = model.generate(torch.tensor([[3, 4, 5]]), do_sample=True, max_new_tokens=8, min_new_tokens=8)
+            assert out.shape == (1, 11) and run.stats.accepted == 0
+
+
+def test_one_row_in_one_row_out():
+    """A processor that answers for a whole batch cannot be asked row by row, and says so."""
+    from offramp.errors import BadArgument
+
+    mixed = Chooser(LogitsProcessorList([lambda ids, scores: scores + torch.zeros(3, 4)]), False)
+    with pytest.raises(BadArgument, match="logits processor"):
+        mixed.judge(torch.tensor([[0]]), [], torch.zeros(1, 4), [])
