@@ -8,7 +8,7 @@ from transformers import LogitsProcessorList
 import offramp
 from offramp_hf.decode.choose import Chooser
 
-DRAWS, VOCAB = 6000, 8
+DRAWS, VOCAB = 4000, 8
 
 
 def pairs(model, prompt, **kwargs):
@@ -21,6 +21,7 @@ def pairs(model, prompt, **kwargs):
 
 def exact(model, prompt, temperature=1.0, top_k=0):
     """The probability of every text of three tokens, from the full model."""
+
     def after(ids):
         scores = model(input_ids=ids).logits[:, -1].double() / temperature
         if top_k:
@@ -37,7 +38,8 @@ def exact(model, prompt, temperature=1.0, top_k=0):
 
 
 def p_value(counts, p):
-    assert counts[p == 0].sum() == 0, "a text that the full model cannot say"
+    if counts[p == 0].sum():
+        return 0.0  # a text that the full model cannot say
     common = p * DRAWS >= 5
     found = torch.cat([counts[common], counts[~common].sum()[None]])
     wanted = torch.cat([p[common], p[~common].sum()[None]]) * DRAWS
@@ -59,7 +61,7 @@ def test_same_distribution(make, options):
         assert 0.2 < run.stats.accepted / run.stats.drafted < 0.99
     # the test can fail: what the exit alone would say is another distribution
     with offramp.enable(model, "fixed", depth=2):
-        assert p_value(pairs(model, prompt, **options), p) < 1e-6 or given["top_k"]
+        assert p_value(pairs(model, prompt, **options), p) < 1e-6
 
 
 def chooser(sample):

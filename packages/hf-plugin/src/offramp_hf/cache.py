@@ -24,6 +24,10 @@ class GrowingLayer(DynamicLayer):
     Appending copies only the new tokens and cropping copies nothing; `DynamicLayer` copies the whole cache at every token.
     """
 
+    keys: Tensor
+    values: Tensor
+    is_initialized: bool
+
     def __init__(self, sliding: bool = False) -> None:
         super().__init__()
         self.is_sliding = sliding

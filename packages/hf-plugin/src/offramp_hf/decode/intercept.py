@@ -29,7 +29,8 @@ class Generation:
     """The hook on `model.generate`; a bound method is installed, so a deep copy of the model has its own."""
 
     def __init__(self, run: Run) -> None:
-        self.run, self.model = run, run.model
+        self.run = run
+        self.model: Any = run.model
         self.warned: set[str] = set()
 
     def install(self) -> Any:
@@ -131,6 +132,7 @@ class Call:
         wanted: whether someone looks at the cache afterwards, so that it has to hold every token.
         """
         run = self.run
+        backbone: Any = run.backbone
         first = _compat.prefill(model, rows.ids[:, : rows.prompt], config, inputs)[:, -1]
         run.stats.blocks_run += run.backbone.depth * rows.batch
         run.stats.rounds += 1
@@ -140,7 +142,7 @@ class Call:
             return
         mask, extra = _compat.step_inputs(inputs)
         padded = mask is not None and not bool(mask.all())
-        runner = run.backbone.runner(cache, rows.batch, padded, extra)
+        runner = backbone.runner(cache, rows.batch, padded, extra)
         driver = (Verified if run.options.verify else Early)(
             run, rows, chooser, runner, cache, mask if padded else None
         )

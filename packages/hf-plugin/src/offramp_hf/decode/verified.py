@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offramp.enable import Run
 from offramp.engine import decide
 from offramp.policy import Evidence
 from offramp_hf.decode.driver import Driver
@@ -185,10 +186,10 @@ class Verified(Driver):
                 pace.earned(one.level, -pace.head)
 
 
-def head_cost(run: Any) -> float:
+def head_cost(run: Run) -> float:
     """Return the cost of one head in blocks: its share of weights, and at least a quarter for its calls on small models."""
-    count = sum(p.numel() for p in run.backbone.blocks[0].parameters())
-    weights = sum(p.numel() for p in run.backbone.context().projection.parameters())
+    count: int = sum(p.numel() for p in run.backbone.chain().blocks[0].parameters())
+    weights: int = sum(p.numel() for p in run.backbone.context().projection.parameters())
     return max(0.25, weights / max(count, 1))
 
 
