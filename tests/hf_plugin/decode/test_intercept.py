@@ -1,5 +1,7 @@
 """`model.generate` is unchanged by enable: every argument of it, and back to exactly what it was."""
 
+import importlib
+
 import pytest
 import torch
 import transformers as hf
@@ -80,7 +82,7 @@ def test_arguments(model, request, rows, case, mode):
     with enabled(model, mode) as run:
         found = greedy(model, batch, **ARGUMENTS[case]())
         assert run.stats.tokens > 0
-        if mode == "verify":
+        if mode == "verify" and case != "several ends":  # there, a text may be its first token
             assert run.stats.drafted > 0
     if torch.is_tensor(wanted):
         assert torch.equal(found, wanted)
@@ -294,12 +296,11 @@ def test_flag_travels_with_the_model(model, one, tmp_path, where):
     with offramp.enable(loaded) as run:
         assert torch.equal(greedy(loaded, one), wanted) and run.stats.drafted > 0
     assert list(loaded.state_dict()) == keys and torch.equal(greedy(loaded, one), wanted)
-    import offramp.auto
-
-    offramp.auto.on()
+    auto = importlib.import_module("offramp.auto")
+    auto.on()
     try:
         loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
         run = loaded.__dict__["_offramp_run"]
         assert torch.equal(greedy(loaded, one), wanted) and run.stats.drafted > 0
     finally:
-        offramp.auto.off()
+        auto.off()

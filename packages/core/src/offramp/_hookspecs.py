@@ -20,7 +20,9 @@ hookimpl = pluggy.HookimplMarker("offramp")
 
 @hookspec
 def offramp_adapt(model: nn.Module) -> Backbone | None:
-    """Return the backbone of `model`, or None when it is not yours; raise `UnsupportedModel` when it is yours but not understood."""
+    """Return the backbone of `model`, or None when it is not yours; raise `UnsupportedModel` when it is yours but not
+    understood.
+    """
 
 
 @hookspec
@@ -35,4 +37,6 @@ def offramp_watch(loaded: Callable[[nn.Module], None]) -> Callable[[], None] | N
 
 @hookspec
 def offramp_fetch(source: str) -> Path | None:
-    """Return the folder of the model-hub id `source` on this machine, fetched if needed; None when your hub has no such id."""
+    """Return the folder of the model-hub id `source` on this machine, fetched if needed; None when your hub has no
+    such id.
+    """

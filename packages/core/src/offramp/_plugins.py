@@ -69,7 +69,7 @@ def adapt(model: nn.Module, report: PluginReport | None = None) -> Backbone:
     what = f"{type(model).__module__}.{type(model).__qualname__}"
     if claims:
         raise UnsupportedModel(
-            f"plugins {' and '.join(sorted(claims))} both claim {what}; uninstall one of them, they cannot both drive it"
+            f"plugins {' and '.join(sorted(claims))} both claim {what}; uninstall one, they cannot both drive it"
         )
     broken = "".join(f"; plugin {n!r} did not load: {e!r}" for n, e in sorted(report.broken.items()))
     raise UnsupportedModel(

@@ -25,7 +25,9 @@ MODULE, RECORD = "exits", "_offramp_exits"
 class Exits:
     """The heads attached to one model; a context manager that detaches on leaving."""
 
-    def __init__(self, model: nn.Module, backbone: Backbone, at: Sequence[int], head: str, config: dict[str, Any]) -> None:
+    def __init__(
+        self, model: nn.Module, backbone: Backbone, at: Sequence[int], head: str, config: dict[str, Any]
+    ) -> None:
         self.model, self.backbone, self.head, self.config = model, backbone, head, dict(config)
         #: depths of the exits, shallow first
         self.at: tuple[int, ...] = tuple(at)
@@ -73,7 +75,9 @@ class Exits:
     def __enter__(self) -> Exits:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.detach()
 
 
@@ -101,9 +105,9 @@ def depths_from(at: int | float | Sequence[int | float], depth: int) -> tuple[in
 def attach(model: nn.Module, at: int | float | Sequence[int | float], head: str = "tied", **config: Any) -> Exits:
     """Attach one head per tap; the base weights are untouched and nothing is enabled.
 
-    at: depths (1 .. depth-1) or fractions of the depth. head: a name of `offramp.names(offramp.ExitHead)`; config: its
-    options. Heads live at `model.exits`. Raises `UnsupportedModel`, `BadArgument`, `UnknownName`, `NotAttached` (already
-    attached) and leaves the model unchanged then.
+    at: depths (1 .. depth-1) or fractions of the depth. head: a name of `offramp.names(offramp.ExitHead)`; config:
+    its options. Heads live at `model.exits`. Raises `UnsupportedModel`, `BadArgument`, `UnknownName`, `NotAttached`
+    (already attached) and leaves the model unchanged then.
     """
     if RECORD in model.__dict__:
         raise NotAttached(
@@ -111,7 +115,9 @@ def attach(model: nn.Module, at: int | float | Sequence[int | float], head: str 
             f"from offramp.attach import find; find(model).detach()"
         )
     if hasattr(model, MODULE):
-        raise NotAttached(f"{type(model).__name__} already has an attribute {MODULE!r} of its own; exits need that name")
+        raise NotAttached(
+            f"{type(model).__name__} already has an attribute {MODULE!r} of its own; exits need that name"
+        )
     backbone = adapt(model)
     depths = depths_from(at, backbone.depth)
     cls = lookup(ExitHead, head)
@@ -152,8 +158,8 @@ def find(model: nn.Module) -> Exits:
 def load(model: nn.Module, source: str | Path) -> Exits:
     """Attach the exits that `exits.save(directory)` wrote; `source` is a directory or a model-hub id.
 
-    Checks format, digests, architecture, depth, width, vocabulary and every shape first; raises `DamagedFile` and leaves
-    the model unchanged when anything differs.
+    Checks format, digests, architecture, depth, width, vocabulary and every shape first; raises `DamagedFile` and
+    leaves the model unchanged when anything differs.
     """
     folder = Path(source)
     if not folder.exists():

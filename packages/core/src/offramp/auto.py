@@ -1,4 +1,6 @@
-"""After `import offramp.auto`, every model loaded with an `early_exit` config comes enabled; `offramp.auto.off()` undoes it."""
+"""After `import offramp.auto`, every model loaded with an `early_exit` config comes enabled; `offramp.auto.off()`
+undoes it.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ class WhenImported(importlib.abc.MetaPathFinder):
         else:
             sys.meta_path.insert(0, self)
 
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         """Find the module as Python would and act after it has run."""
         if name != self.name or self.looking:
             return None

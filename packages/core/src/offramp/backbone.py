@@ -35,8 +35,9 @@ class Tap(NamedTuple):
 class Observed:
     """What every tap and the full model said about one batch, flattened to independent rows.
 
-    hidden: one [rows, width] per tap asked for; final: the last hidden state [rows, width], before the readout; targets:
-    [rows] labels or None; position: [rows] place in the sequence or None; sample: [rows] which input row it came from.
+    hidden: one [rows, width] per tap asked for; final: the last hidden state [rows, width], before the readout;
+    targets: [rows] labels or None; position: [rows] place in the sequence or None; sample: [rows] which input row it
+    came from.
     """
 
     hidden: list[Tensor]
@@ -88,7 +89,8 @@ class Backbone(ABC):
         """Make the user's calls exit early as `run` says; returns the exact undo."""
 
     def window(self, start: int, stop: int, hidden: Tensor | None = None) -> AbstractContextManager[Any]:
-        """Return a context in which a call of the model runs only blocks start < i <= stop, from `hidden` at `start`."""
+        """Return a context in which a call of the model runs only blocks start < i <= stop, from `hidden` at `start`.
+        """
         return self.chain().window(start, stop, hidden)
 
     def flag(self) -> Mapping[str, Any] | None:

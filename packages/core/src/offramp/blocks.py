@@ -19,9 +19,9 @@ Path = tuple[Any, ...]
 class BlockSpec:
     """Facts about how a block is called, as data.
 
-    argument, place: keyword name and position of the hidden state; size: length of the returned tuple whose item 0 is the
-    hidden state, or None when the block returns the tensor; batched: paths of the other arguments whose dimension 0 is
-    the batch, e.g. ("attention_mask",) or (1, 0).
+    argument, place: keyword name and position of the hidden state; size: length of the returned tuple whose item 0 is
+    the hidden state, or None when the block returns the tensor; batched: paths of the other arguments whose dimension
+    0 is the batch, e.g. ("attention_mask",) or (1, 0).
     """
 
     argument: str = "hidden_states"
@@ -134,7 +134,9 @@ class Chain:
     hooks: list[BlockHook] = field(default_factory=list)
 
     def install(self, handler: Handler) -> Callable[[], None]:
-        """Send every block call to `handler(index, call)`; returns the undo, to be called in reverse order of installs."""
+        """Send every block call to `handler(index, call)`; returns the undo, to be called in reverse order of
+        installs.
+        """
         positions: dict[int, list[int]] = {}
         modules: dict[int, nn.Module] = {}
         for index, block in enumerate(self.blocks):
@@ -170,9 +172,13 @@ class Chain:
 
     @contextmanager
     def window(self, start: int, stop: int, hidden: Tensor | None = None) -> Iterator[dict[str, Tensor]]:
-        """Run only blocks start < i <= stop while the context lasts, from `hidden`; the last state is kept as "hidden"."""
+        """Run only blocks start < i <= stop while the context lasts, from `hidden`; the last state is kept as
+        "hidden".
+        """
         if not 0 <= start <= stop <= len(self.blocks):
-            raise BadArgument(f"window({start}, {stop}) is outside the model: give 0 <= start <= stop <= {len(self.blocks)}")
+            raise BadArgument(
+                f"window({start}, {stop}) is outside the model: give 0 <= start <= stop <= {len(self.blocks)}"
+            )
         kept: dict[str, Tensor] = {}
 
         def handler(index: int, call: Call) -> Any:

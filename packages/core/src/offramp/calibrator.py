@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from offramp.calibration import Calibration
     from offramp.trace import Trace
 
+
 @dataclass(frozen=True)
 class Certificate:
     """What is promised: with probability 1 - delta over the calibration data, the risk is at most alpha.

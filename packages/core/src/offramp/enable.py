@@ -26,12 +26,12 @@ KV = ("catch_up", "propagate")
 
 @dataclass
 class Stats:
-    """What really ran. One unit of `blocks_run` is one call of one block for one row; prediction that never stops: full.
+    """What really ran. One unit of `blocks_run` is one call of one block for one row.
 
-    rows: rows or tokens decided; exits: how many stopped at each depth; blocks_full: what the full model would have run;
-    nonfinite: looks at an exit that could not stop a row because its evidence was not finite; last_depths: exit depth of each row (token) of the
-    last call. Generation adds tokens, rounds (visits of the deepest block), drafted and accepted tokens,
-    and projected: blocks of which only keys and values were computed (kv="propagate").
+    rows: rows or tokens decided; exits: how many stopped at each depth; blocks_full: what the full model would have
+    run; nonfinite: looks at an exit that could not stop a row because its evidence was not finite; last_depths: exit
+    depth of each row (token) of the last call. Generation adds tokens, rounds (visits of the deepest block), drafted
+    and accepted tokens, and projected: blocks of which only keys and values were computed (kv="propagate").
     """
 
     rows: int = 0
@@ -92,7 +92,9 @@ class Options:
                 raise BadArgument(f"{name}={getattr(self, name)!r} must be True or False")
         if self.kv not in KV:
             raise BadArgument(f"kv={self.kv!r} is not known; choose one of {', '.join(KV)}")
-        if self.draft is not None and (isinstance(self.draft, bool) or not isinstance(self.draft, int) or self.draft < 1):
+        if self.draft is not None and (
+            isinstance(self.draft, bool) or not isinstance(self.draft, int) or self.draft < 1
+        ):
             raise BadArgument(f"draft={self.draft!r} must be a positive number of tokens, or None to adapt")
 
 
@@ -131,7 +133,9 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.disable()
 
     def __repr__(self) -> str:
@@ -142,7 +146,8 @@ class Run:
 def make_policy(
     policy: str | ExitPolicy | Calibration | Mapping[str, Any], depths: Sequence[int], **config: Any
 ) -> ExitPolicy:
-    """Return a policy from a name with options, an object, a calibration or a config dict, checked against the exits."""
+    """Return a policy from a name with options, an object, a calibration or a config dict, checked against the exits.
+    """
     if isinstance(policy, str):
         made: ExitPolicy = create(ExitPolicy, policy, **config)
     else:
@@ -171,15 +176,14 @@ def parse_flag(flag: Mapping[str, Any]) -> tuple[dict[str, Any], Options, str | 
     return config, Options(**{k: v for k, v in flag.items() if k in OPTIONS}), flag.get("exits")
 
 
-def enable(
-    model: nn.Module, policy: str | ExitPolicy | Calibration | None = None, **options: Any
-) -> Run:
+def enable(model: nn.Module, policy: str | ExitPolicy | Calibration | None = None, **options: Any) -> Run:
     """Let `model` exit early; its own calls stay as they are. Returns a `Run` with `stats` and `disable()`.
 
     policy: a name of `offramp.names(offramp.ExitPolicy)` with its options (`threshold=0.9`), a policy object, a
-    `Calibration`, or None for the `early_exit` dict of the model's own config. verify=True: every early token is checked by
-    the deep blocks (lossless); draft: longest draft; kv: "catch_up" or "propagate" without verify; strict=True: raise where
-    the full model would be used instead. Raises `NotAttached`, `BadArgument`, `UnknownName`; changes nothing then.
+    `Calibration`, or None for the `early_exit` dict of the model's own config. verify=True: every early token is
+    checked by the deep blocks (lossless); draft: longest draft; kv: "catch_up" or "propagate" without verify;
+    strict=True: raise where the full model would be used instead. Raises `NotAttached`, `BadArgument`, `UnknownName`;
+    changes nothing then.
     """
     if RUN in model.__dict__:
         raise NotAttached("a policy is already enabled on this model; first: run.disable()")
@@ -199,8 +203,8 @@ def _check_promise(exits: Exits, certificate: Certificate) -> None:
 
     if certificate.model_hash not in ("", fingerprint(exits)):
         warnings.warn(
-            "this calibration was made with other weights (model or heads): its certificate does not hold for this model; "
-            "record a trace with it and calibrate again",
+            "this calibration was made with other weights (model or heads): its certificate does not hold for this "
+            "model; record a trace with it and calibrate again",
             UserWarning,
             stacklevel=3,
         )
@@ -216,7 +220,9 @@ def _enable_flag(model: nn.Module, options: dict[str, Any]) -> Run:
     from offramp._plugins import adapt
 
     if options:
-        raise BadArgument(f"options {sorted(options)} need a policy: offramp.enable(model, 'confidence', threshold=0.9)")
+        raise BadArgument(
+            f"options {sorted(options)} need a policy: offramp.enable(model, 'confidence', threshold=0.9)"
+        )
     attached = model.__dict__.get(RECORD)
     backbone = attached.backbone if attached is not None else adapt(model)
     flag = backbone.flag()

@@ -25,8 +25,9 @@ CACHE_BYTES = 4 << 30
 
 @dataclass
 class FitReport:
-    """What training did. losses: one per step; agreement: share of rows on which each exit says what the full model says,
-    by depth, before and after, on the last 10 % of the rows (held out when there is more than one batch)."""
+    """What training did. losses: one per step; agreement: share of rows on which each exit says what the full model
+    says, by depth, before and after, on the last 10 % of the rows (held out when there is more than one batch).
+    """
 
     losses: list[float] = field(default_factory=list)
     before: dict[int, float] = field(default_factory=dict)
@@ -49,9 +50,10 @@ def fit(
 ) -> FitReport:
     """Train all heads together on `data`, with the backbone frozen; returns a `FitReport`.
 
-    data: as the model takes it (labels only for loss="labels"); batch_size: rows of the model's own input per forward;
-    rows: samples (tokens) per step; lr: AdamW's, cosine to zero with 5 % warm-up; options: the loss's (`temperature`,
-    `weighting`, ...). Raises `NotAttached`, `UnknownName`, `BadArgument`. The model's modes and `requires_grad` are put back.
+    data: as the model takes it (labels only for loss="labels"); batch_size: rows of the model's own input per
+    forward; rows: samples (tokens) per step; lr: AdamW's, cosine to zero with 5 % warm-up; options: the loss's
+    (`temperature`, `weighting`, ...). Raises `NotAttached`, `UnknownName`, `BadArgument`. The model's modes and
+    `requires_grad` are put back.
     """
     exits = find(model)
     if steps < 1:
@@ -130,7 +132,9 @@ class _States:
                 parts.append(exits.backbone.observe(batch, exits.at))
                 size += sum(h.numel() * h.element_size() for h in [*parts[-1].hidden, parts[-1].final])
                 if size > CACHE_BYTES:
-                    warnings.warn(f"fit uses the first {len(parts)} batches: their states fill {size} bytes", stacklevel=4)
+                    warnings.warn(
+                        f"fit uses the first {len(parts)} batches: their states fill {size} bytes", stacklevel=4
+                    )
                     break
         if not parts or not sum(len(p.final) for p in parts):
             raise BadArgument("the data holds no rows; give at least one batch")

@@ -37,5 +37,7 @@ class Loss(ABC):
         """Return one scalar per exit. predictions: K tensors [rows, classes]; final: the full model's logits."""
 
     def __call__(self, predictions: Sequence[Tensor], final: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Return the weighted scalar loss. Shapes: predictions K x [rows, classes], final [rows, classes], targets [rows]."""
+        """Return the weighted scalar loss. Shapes: predictions K x [rows, classes], final [rows, classes], targets
+        [rows].
+        """
         return weigh(self.each(predictions, final, targets), self.weighting)

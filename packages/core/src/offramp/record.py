@@ -34,7 +34,9 @@ def batches(data: Any, batch_size: int) -> Iterator[Any]:
     elif isinstance(data, Iterable) and not isinstance(data, str):
         yield from data
     else:
-        raise BadArgument(f"data must be a tensor, a mapping of tensors or an iterable of batches, not {type(data).__name__}")
+        raise BadArgument(
+            f"data must be a tensor, a mapping of tensors or an iterable of batches, not {type(data).__name__}"
+        )
 
 
 @contextmanager
@@ -70,9 +72,10 @@ def record(
 ) -> Trace:
     """Run the full model over `data` and keep what every exit said; nothing exits early here.
 
-    data: a tensor, a mapping or an iterable of batches as the model takes them. Each row is one sample; a language model
-    gives one sample per token, and `per_row=1` keeps one random position per sequence, so that samples are independent as
-    certificates need. logits: keep the logits too (for method "temperature"). Raises `NotAttached`, `BadArgument`.
+    data: a tensor, a mapping or an iterable of batches as the model takes them. Each row is one sample; a language
+    model gives one sample per token, and `per_row=1` keeps one random position per sequence, so that samples are
+    independent as certificates need. logits: keep the logits too (for method "temperature"). Raises `NotAttached`,
+    `BadArgument`.
     """
     exits = find(model)
     parts: list[dict[str, Tensor]] = []
@@ -107,7 +110,9 @@ def _one(exits: Exits, batch: Any, per_row: int | None, generator: torch.Generat
     if seen.targets is not None:
         targets = cut(seen.targets)
         one["targets"] = targets.cpu()
-        losses = [torch.nn.functional.cross_entropy(a.float(), targets, reduction="none", ignore_index=-100) for a in answers]
+        losses = [
+            torch.nn.functional.cross_entropy(a.float(), targets, reduction="none", ignore_index=-100) for a in answers
+        ]
         one["losses"] = torch.stack(losses, 1).cpu()
     if logits:
         one["logits"] = torch.stack(answers, 1).float().cpu()

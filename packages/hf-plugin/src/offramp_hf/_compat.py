@@ -138,6 +138,17 @@ def why_not_call(config: Any, processors: Any, inputs: dict[str, Any], ids: Any)
     return None
 
 
+def processors_of_row(processors: Any, row: int) -> Any:
+    """Return the logits processors as they act on one row of the batch: RepetitionPenalty knows the padding of every row."""
+    made = type(processors)(processors)
+    for i, one in enumerate(processors):
+        known = getattr(one, "prompt_ignore_length", None)
+        if getattr(known, "ndim", 0) == 1 and len(known) > 1:
+            made[i] = copy.copy(one)
+            made[i].prompt_ignore_length = known[row : row + 1]
+    return made
+
+
 def self_cache(inputs: dict[str, Any]) -> tuple[Any, Any]:
     """Return (the cache as the model takes it, the part of it that holds the decoder's own tokens)."""
     cache = inputs.get("past_key_values")

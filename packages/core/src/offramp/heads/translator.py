@@ -18,8 +18,9 @@ ACTS = ("none", "silu")
 class Translator(ExitHead):
     """Moves the state towards what it will become, then reads it with the backbone's unembedding.
 
-    rank: of the residual map; 2 * width * rank trainable numbers and as many multiply-adds per token. act: "none" for the
-    tuned lens's linear map, "silu" for a bent one, which agrees with the full model on 3 to 5 % more tokens at shallow exits.
+    rank: of the residual map; 2 * width * rank trainable numbers and as many multiply-adds per token. act: "none" for
+    the tuned lens's linear map, "silu" for a bent one, which agrees with the full model on 3 to 5 % more tokens at
+    shallow exits.
     """
 
     def __init__(self, base: HeadContext, rank: int, act: str) -> None:

@@ -102,7 +102,8 @@ class Decoder(Backbone):
     def _ids(self, rows: int, length: int) -> Tensor:
         device = self.model.get_input_embeddings().weight.device
         low = min(8, self.config.vocab_size - 1)
-        return (torch.arange(rows * length, device=device) % max(1, self.config.vocab_size - low) + low).view(rows, length)
+        ids: Tensor = (torch.arange(rows * length, device=device) % max(1, self.config.vocab_size - low) + low).view(rows, length)
+        return ids
 
     def _probe(self, rows: int, length: int) -> Any:
         ids = self._ids(rows, length)
@@ -163,12 +164,12 @@ class Decoder(Backbone):
                 f"{what}: blocks {empty} do not store keys and values of their own for every token (shared with other "
                 f"blocks, or a state of another kind), so they cannot run later than the others"
             )
-        error = (found - wanted).float().abs().nan_to_num() / wanted.float().abs().nan_to_num().max().clamp(min=1e-6)
+        off = (found - wanted).float().abs().nan_to_num() / wanted.float().abs().nan_to_num().max().clamp(min=1e-6)
         low = wanted.dtype in (torch.float16, torch.bfloat16)  # there, an expert that flips is no misunderstanding
-        if not (error.mean() < 2e-2 if low else error.max() < 1e-3):
+        if not (off.mean() < 2e-2 if low else off.max() < 1e-3):
             raise UnsupportedModel(
                 f"{what}: its blocks, run in windows over a cache, do not give the model's own logits "
-                f"(off by {error.max():.2g} of the largest); what passes between its blocks is not understood"
+                f"(off by {off.max():.2g} of the largest); what passes between its blocks is not understood"
             )
 
     def _windowed(self) -> tuple[Any, Tensor, Tensor]:
@@ -272,7 +273,8 @@ class Decoder(Backbone):
         """Take over `model.generate` for as long as `run` is enabled."""
         from offramp_hf.decode.intercept import Generation
 
-        return Generation(run).install()
+        undo: Undo = Generation(run).install()
+        return undo
 
     def calls(self, ids: Tensor, **inputs: Any) -> list[Call]:
         """Return how the model would call each block on `ids`, without running any."""

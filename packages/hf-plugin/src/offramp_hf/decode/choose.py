@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from offramp.errors import BadArgument
+from offramp_hf._compat import processors_of_row
 
 
 class Chooser:
@@ -19,13 +20,17 @@ class Chooser:
     def __init__(self, processors: Any, sample: bool) -> None:
         self.processors, self.sample = processors, sample
         self.plain = not len(processors)
+        self.of_row: dict[int | None, Any] = {None: processors}
 
-    def scores(self, prefix: Tensor, logits: Tensor) -> Tensor:
-        """Return processed scores in float32. prefix: [rows, length]; logits: [rows, classes]."""
+    def scores(self, prefix: Tensor, logits: Tensor, row: int | None = None) -> Tensor:
+        """Return processed scores in float32. prefix: [rows, length]; logits: [rows, classes]; row: the one row of the
+        batch that this is, None for the whole batch."""
         if self.plain:
             return logits.float()
         with torch.inference_mode(False), torch.no_grad():  # user code gets ordinary tensors
-            out: Tensor = self.processors(prefix, logits.to(torch.float32, copy=True))
+            if row not in self.of_row:
+                self.of_row[row] = processors_of_row(self.processors, row)
+            out: Tensor = self.of_row[row](prefix, logits.to(torch.float32, copy=True))
         if out.shape != logits.shape:
             raise BadArgument(
                 f"a logits processor answered {list(logits.shape)} scores with {list(out.shape)}: with verify=True rows have "
@@ -41,7 +46,7 @@ class Chooser:
         return torch.multinomial(scores.softmax(-1), 1).squeeze(1)
 
     def judge(
-        self, prefix: Tensor, drafts: list[int], logits: Tensor, guesses: list[Tensor]
+        self, prefix: Tensor, drafts: list[int], logits: Tensor, guesses: list[Tensor], row: int | None = None
     ) -> tuple[list[int], list[Tensor]]:
         """Return the tokens that one row really gets, and their scores: accepted drafts and one more.
 
@@ -53,7 +58,7 @@ class Chooser:
         tokens: list[int] = []
         kept: list[Tensor] = []
         for i in range(len(drafts) + 1):
-            scores = self.scores(prefix, logits[i : i + 1])
+            scores = self.scores(prefix, logits[i : i + 1], row)
             kept.append(scores)
             if i == len(drafts):
                 tokens.append(int(self.pick(scores)))

@@ -130,7 +130,7 @@ class Verified(Driver):
         for row in range(self.rows.batch):
             prefix = self.rows.prefix(row)
             prefix = prefix if extra is None else torch.cat([prefix, extra[row : row + 1]], 1)
-            parts.append(chooser.scores(prefix, prediction[row : row + 1]))
+            parts.append(chooser.scores(prefix, prediction[row : row + 1], row))
         scores = torch.cat(parts)
         return scores, chooser.pick(scores.nan_to_num())  # a head's NaN is no error: such a draft is never accepted
 
@@ -150,7 +150,8 @@ class Verified(Driver):
                 same = next((i for i in range(count) if made[row][i] != best[row][i]), count)
                 found[row] = best[row][: same + 1], None
             else:
-                found[row] = self.chooser.judge(rows.prefix(row), made[row], logits[row], [g[row : row + 1] for g in guesses])
+                mine = [g[row : row + 1] for g in guesses]
+                found[row] = self.chooser.judge(rows.prefix(row), made[row], logits[row], mine, row)
         counts = [len(tokens) for tokens, _ in found.values()]
         kept = [max(counts) if self.ragged else min(counts)] * rows.batch
         for row, (tokens, scores) in found.items():
