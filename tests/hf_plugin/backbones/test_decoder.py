@@ -6,7 +6,6 @@ import transformers as hf
 
 import offramp
 from offramp._plugins import adapt
-from offramp.blocks import state_of
 from offramp.errors import UnsupportedModel
 from offramp_hf.cache import GrowingLayer, WindowCache
 from offramp_hf.decode.runner import Direct, Place, Through
@@ -98,7 +97,8 @@ def generate(model, batch, new=NEW):
 
 def alone(batch, row):
     keep = batch["attention_mask"][row].bool()
-    return {"input_ids": batch["input_ids"][row : row + 1, keep], "attention_mask": torch.ones(1, int(keep.sum())).long()}
+    ids = batch["input_ids"][row : row + 1, keep]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def states(model, ids, depths):
@@ -109,7 +109,7 @@ def states(model, ids, depths):
 
 
 def lossy_by_hand(model, ids, threshold, new=NEW):
-    """Catch-up decoding the slow way: everything is recomputed for every token, which decides at its first sure exit."""
+    """Catch-up decoding the slow way: all is recomputed for every token, which decides at its first sure exit."""
     heads = {int(d): h for d, h in model.exits.items()}
     made, depths = [], []
     for step in range(new):
@@ -330,12 +330,49 @@ def test_another_readout_is_refused():
         offramp.attach(model, at=[2])
 
 
-def test_spec(model, family):
-    """Where the state stands in what a block returns is found, not assumed."""
-    chain, seen = adapt(model).chain(), []
-    undo = chain.install(lambda i, call: seen.append(call.run()) or seen[-1])
+def test_record_by_hand():
+    """What a trace holds of a padded batch, from the model's own forwards row by row."""
+    torch.manual_seed(1)
+    model = soften(FAMILIES["llama"]().eval())
+    offramp.attach(model, at=[1, 3])
+    batch = padded()
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    trace, row = offramp.record(model, batch, batch_size=2, logits=True), 0
+    for i in range(3):
+        ids = alone(batch, i)["input_ids"]
+        kept, full = states(model, ids, [1, 3, DEPTH])
+        for at in range(ids.shape[1] - 1):  # the last token has no next one to be right about
+            with torch.no_grad():
+                said = torch.stack([*(model.exits[str(d)](kept[d][0, at]) for d in (1, 3)), full[0, at]])
+            torch.testing.assert_close(trace.logits[row], said, rtol=1e-4, atol=1e-4)
+            p = said.softmax(-1)
+            best = p.topk(2, -1).values
+            torch.testing.assert_close(trace.stats["top1"][row], best[:, 0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(trace.stats["margin"][row], best[:, 0] - best[:, 1], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(trace.stats["entropy"][row], -(p * p.log()).sum(-1), rtol=1e-4, atol=1e-4)
+            near = torch.cosine_similarity(kept[3][0, at], kept[1][0, at], -1)
+            torch.testing.assert_close(trace.stats["cosine"][row, 1], near, rtol=1e-4, atol=1e-5)
+            assert trace.label[row].tolist() == said.argmax(-1).tolist()
+            torch.testing.assert_close(trace.losses[row], -p[:, ids[0, at + 1]].log(), rtol=1e-4, atol=1e-4)
+            assert (trace.targets[row], trace.position[row]) == (ids[0, at + 1], at)
+            row += 1
+    assert len(trace) == row and trace.depths == (1, 3, DEPTH) and trace.classes == VOCAB
+
+
+def test_fit_makes_exits_agree(request):
+    """A few steps on real text: every exit agrees with the model more often, and the model itself is as before."""
+    folder = request.config.rootpath / "tests/assets/pycode-5m"
+    model, tokenizer = hf.AutoModelForCausalLM.from_pretrained(folder).eval(), hf.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer((folder / "heldout.txt").read_text()[:12000], return_tensors="pt").input_ids[0]
+    data = ids[: len(ids) // 64 * 64].view(-1, 64)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad():
-        model(**padded(2, 5))
-    undo()
-    assert all(isinstance(o, tuple) == (chain.spec.size is not None) for o in seen)
-    assert {tuple(state_of(o).shape) for o in seen} == {(2, 5, 32)}
+        wanted = model(data[:1]).logits
+    exits = offramp.attach(model, at=[4, 8], head="translator", rank=16)
+    report = offramp.fit(model, data, steps=25, lr=3e-3, rows=256, progress=False)
+    assert all(report.agreement[d] > report.before[d] + 0.03 for d in (4, 8)), report
+    assert report.losses[-1] < report.losses[0]
+    exits.detach()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(model(data[:1]).logits, wanted)

@@ -1,4 +1,4 @@
-"""Lossy decoding: what is propagated, against a Llama written out by hand; what waits, and what is left in the cache."""
+"""Lossy decoding: what is propagated, against a Llama written by hand; what waits, and what is left in the cache."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def greedy(model, batch, new=NEW, **kwargs):
 
 
 class ByHand:
-    """A Llama block by block with keys and values in lists; an exit state goes through each deeper block's projections."""
+    """A Llama with keys and values in lists; an exit state goes through each deeper block's projections."""
 
     def __init__(self, model):
         self.model, self.base = model, model.model

@@ -1,4 +1,4 @@
-"""Lossless decoding: whatever policy, threshold, end tokens and batch, the framework's own tokens; every block counted."""
+"""Lossless decoding: whatever policy, threshold, end tokens and batch, the framework's own tokens; what ran is counted."""
 
 import copy
 from dataclasses import dataclass
@@ -171,8 +171,8 @@ def test_nan_does_not_exit(model, one, three, verify):
     exits = offramp.attach(model, at=[2, 4])
     for depth in exits:
         exits[depth].exit_norm.weight.data.fill_(float("nan"))
-    for policy in ({"policy": "confidence", "threshold": 0.0}, {"policy": "fixed", "depth": 2}, {"policy": "patience", "patience": 1}):
-        with offramp.enable(model, offramp.policy(policy.pop("policy"), **policy), verify=verify, draft=3) as run:
+    for name, options in (("confidence", {"threshold": 0.0}), ("fixed", {"depth": 2}), ("patience", {"patience": 1})):
+        with offramp.enable(model, name, **options, verify=verify, draft=3) as run:
             assert torch.equal(greedy(model, one), wanted)
             assert torch.equal(greedy(model, three), wanted3)
             assert run.stats.exits == {6: 4 * NEW}

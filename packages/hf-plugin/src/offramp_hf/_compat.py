@@ -97,8 +97,9 @@ def older_tokens(config: Any, inputs: dict[str, Any], ids: Any) -> int:
     mask = inputs.get("attention_mask")
     if inputs.get("encoder_outputs") is not None:
         return 0
-    seen: int = getattr(config, "_mask_length", ids.shape[1]) if mask is None else mask.shape[1]
-    return max(0, seen - ids.shape[1])
+    given: int = ids.shape[1]
+    seen: int = getattr(config, "_mask_length", given) if mask is None else mask.shape[1]
+    return max(0, seen - given)
 
 
 def why_not_rope(model: Any, longest: int) -> str | None:
@@ -142,7 +143,7 @@ def processors_of_row(processors: Any, row: int) -> Any:
     """Return the logits processors as they act on one row of the batch: RepetitionPenalty knows the padding of every row."""
     made = type(processors)(processors)
     for i, one in enumerate(processors):
-        known = getattr(one, "prompt_ignore_length", None)
+        known: Any = getattr(one, "prompt_ignore_length", None)
         if getattr(known, "ndim", 0) == 1 and len(known) > 1:
             made[i] = copy.copy(one)
             made[i].prompt_ignore_length = known[row : row + 1]
@@ -162,9 +163,9 @@ def with_self_cache(inputs: dict[str, Any], window: Any) -> Any:
         return window
     from transformers.cache_utils import EncoderDecoderCache
 
-    made = EncoderDecoderCache(window, cache.cross_attention_cache)
-    made.is_updated = cache.is_updated  # one dict: what the cross-attention part holds, both must know, also after an error
-    return made
+    cross = copy.copy(cache.cross_attention_cache)  # filled by the prefill; shallow, so that an error leaves the given one
+    cross.layers = [copy.copy(layer) for layer in cross.layers]
+    return EncoderDecoderCache(window, cross)
 
 
 def prefill(model: Any, ids: Any, config: Any, inputs: dict[str, Any]) -> Any:
@@ -196,7 +197,11 @@ def own_loop(
 
 
 def output(model: Any, rows: Any, config: Any, inputs: dict[str, Any], cache: Any) -> Any:
-    """Return what `generate` returns: ids, or the framework's output object."""
+    """Return what `generate` returns: ids, or the framework's output object. cache: what the call was given, to be filled."""
+    held = inputs["past_key_values"]
+    if hasattr(held, "cross_attention_cache"):
+        cache.cross_attention_cache.layers = held.cross_attention_cache.layers
+        cache.is_updated = held.is_updated
     ids = rows.result()
     if not config.return_dict_in_generate:
         return ids

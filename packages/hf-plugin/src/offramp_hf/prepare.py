@@ -158,6 +158,11 @@ class Text:
         return whole[torch.arange(count) * len(whole) // count]
 
 
+def scaled(at: Sequence[int], depth: int) -> list[int]:
+    """Return depths meant for a model of 12 blocks as depths for one of `depth` blocks."""
+    return sorted({min(depth - 1, max(1, round(d * depth / 12))) for d in at})
+
+
 def own_output(model: Any, text: Tensor, settings: Settings, progress: bool = True) -> Tensor:
     """Return the model's own continuations of random places of `text`: ids [own, prompt + own_tokens]."""
     draw = torch.Generator().manual_seed(settings.seed)
@@ -202,8 +207,7 @@ def fitted(model: Any, source: Path, text: Text, settings: Settings, folder: Pat
     except (DamagedFile, ValueError, KeyError, AttributeError):
         pass  # nothing usable there: fit anew and replace it
     depth = model.config.get_text_config().num_hidden_layers
-    at = sorted({min(depth - 1, max(1, round(d * depth / 12))) for d in settings.at})
-    exits = offramp.attach(model, at, settings.head, **dict(settings.config))
+    exits = offramp.attach(model, scaled(settings.at, depth), settings.head, **dict(settings.config))
     data = own_output(model, text.fit, settings)
     report = offramp.fit(model, data, steps=settings.steps, rows=settings.rows, lr=settings.lr, seed=settings.seed)
     said = {"before": _keys(report.before), "agreement": _keys(report.agreement), "seconds": report.seconds}

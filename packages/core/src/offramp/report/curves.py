@@ -40,7 +40,7 @@ def curve(trace: Trace, name: str) -> list[dict[str, Any]]:
         points = [{"setting": _setting(rung), **_point(trace, rung)} for rung in _thin(rungs)]
     except BadArgument:  # e.g. patience with one exit, or a statistic that the trace does not hold
         return []
-    seen: dict[tuple[float, float], dict[str, Any]] = {}
+    seen: dict[tuple[Any, Any], dict[str, Any]] = {}
     for point in points:
         seen.setdefault((point["depth_mean"], point["agreement"]), point)
     return sorted(seen.values(), key=lambda p: (p["depth_mean"], p["agreement"]))

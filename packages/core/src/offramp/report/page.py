@@ -70,12 +70,14 @@ def depths_of(run: Mapping[str, Any]) -> list[int]:
     return sorted(found)
 
 
-def groups_of(run: Mapping[str, Any]) -> dict[str, Mapping[str, int]]:
+def groups_of(run: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """Return how many tokens were decided at each depth, by way; a run of one way need not name it."""
     found = run.get("exits") or {}
     if any(isinstance(counts, Mapping) for counts in found.values()):
-        return dict(found)
-    return {"": found} if found else {}
+        groups = dict(found)
+    else:
+        groups = {"": found} if found else {}
+    return {name: {str(d): int(n) for d, n in counts.items()} for name, counts in groups.items()}
 
 
 def _lead(run: Mapping[str, Any]) -> str:
@@ -163,7 +165,7 @@ def _exits(run: Mapping[str, Any]) -> str:
         total = sum(counts.values()) or 1
         items = []
         for d in depths:
-            n = counts.get(str(d), counts.get(d, 0))
+            n = counts.get(str(d), 0)
             what = "full model" if d == depths[-1] else f"depth {d}"
             items.append((what, float(n), f"{n:,} ({n / total:.1%})", level_of(d, depths)))
         told = ", ".join(f"{what}: {text}" for what, _, text, _ in items)

@@ -28,14 +28,14 @@ class Chooser:
         if self.plain:
             return logits.float()
         with torch.inference_mode(False), torch.no_grad():  # user code gets ordinary tensors
-            if row not in self.of_row:
+            if row is not None and row not in self.of_row:
                 self.of_row[row] = processors_of_row(self.processors, row)
             out: Tensor = self.of_row[row](prefix, logits.to(torch.float32, copy=True))
         if out.shape != logits.shape:
             raise BadArgument(
-                f"a logits processor answered {list(logits.shape)} scores with {list(out.shape)}: with verify=True rows have "
-                f"prefixes of different length and processors are called row by row, so one that knows its place in the "
-                f"batch cannot work; use verify=False, or generate row by row"
+                f"a logits processor answered {list(logits.shape)} scores with {list(out.shape)}: with verify=True "
+                f"rows have prefixes of different length and processors are called row by row, so one that knows its "
+                f"place in the batch cannot work; use verify=False, or generate row by row"
             )
         return out
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.enable import Options, Run, make_policy, parse_flag
+from offramp.enable import Options, Run, make_policy, parse_flag, paused
 from offramp.errors import OfframpError
 from offramp.policy import ExitPolicy
 from offramp_hf import _compat
@@ -62,7 +62,8 @@ class Generation:
         reason = _compat.why_not_mode(config, named)
         if reason is not None:
             self.fall_back(reason, options)
-            return self.original(*args, **kwargs)
+            with paused(self.model):  # assisted generation calls `generate` of this very model for its drafts
+                return self.original(*args, **kwargs)
         call = Call(self, policy, options, named.get("streamer"))
         return self.original(**{**_compat.with_stop_strings(config, named), "custom_generate": call.decode})
 

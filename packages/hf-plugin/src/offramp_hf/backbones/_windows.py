@@ -1,0 +1,97 @@
+"""Proof that a decoder can be run in windows: its blocks over a cache, some later than others, give its own logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from offramp.errors import UnsupportedModel
+from offramp_hf._compat import why_not_rope
+
+if TYPE_CHECKING:
+    from offramp_hf.backbones.decoder import Decoder
+
+#: largest error that counts as rounding, as a share of the largest logit: 1e-6 measured in float32; in half precision
+#: the mean counts, for there a router may choose another expert
+ROUNDING, MEAN_LOW = 1e-3, 2e-2
+
+
+def check_windows(decoder: Decoder, probe: Callable[[Any], tuple[Any, Tensor, Tensor]] | None = None) -> None:
+    """Refuse a model whose blocks, run in windows over a cache of keys and values, do not give its own logits.
+
+    probe(decoder) runs six tokens in windows, as `windowed` does for decoder-only models, and returns what it returns.
+    Raises `UnsupportedModel` with the reason: a recurrent state, keys and values shared between blocks, or something
+    that passes between blocks beside the hidden state.
+    """
+    what = type(decoder.model).__name__
+    if not decoder.takes("past_key_values"):
+        raise UnsupportedModel(
+            f"{what} takes no past_key_values: its blocks carry a state instead of keys and values per token, and "
+            f"rejected tokens cannot be taken out of it"
+        )
+    try:
+        cache, found, wanted = (probe or windowed)(decoder)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedModel(f"{what} cannot be run block by block: {type(error).__name__}: {error}") from error
+    if empty := [i for i, layer in enumerate(cache.layers) if layer.length != 6]:
+        raise UnsupportedModel(
+            f"{what}: blocks {empty} do not store keys and values of their own for every token (shared with other "
+            f"blocks, or a state of another kind), so they cannot run later than the others"
+        )
+    size = wanted.float().abs().nan_to_num().max().clamp(min=1e-6)
+    off = (found - wanted).float().abs().nan_to_num() / size
+    low = wanted.dtype in (torch.float16, torch.bfloat16)
+    if not (off.mean() < MEAN_LOW if low else off.max() < ROUNDING):
+        raise UnsupportedModel(
+            f"{what}: its blocks, run in windows over a cache, do not give the model's own logits "
+            f"(off by {off.max():.2g} of the largest); what passes between its blocks is not understood"
+        )
+
+
+def windowed(decoder: Decoder) -> tuple[Any, Tensor, Tensor]:
+    """Return (cache, logits, the model's own logits) of two rows, one padded: three tokens at once, then two windows of
+    two tokens, then two of one."""
+    from offramp_hf.cache import GrowingLayer, WindowCache
+    from offramp_hf.decode.runner import Place, Through
+
+    ids = decoder._ids(2, 6)
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    where = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if decoder.takes("position_ids") else {}
+    full = decoder.model(input_ids=ids, attention_mask=mask, use_cache=False, **where).logits
+    cache = WindowCache([GrowingLayer() for _ in decoder.blocks])
+    decoder.forward(ids[:, :3], cache, {"attention_mask": mask[:, :3], **{k: v[:, :3] for k, v in where.items()}})
+    through, place, parts = Through(decoder, cache, {}), Place(mask, 6), []
+    for at in (slice(3, 5), slice(5, 6)):
+        state = through.window(ids[:, at], 0, 1, None, place)
+        parts.append(through.window(ids[:, at], 1, decoder.depth, state, place))
+    return cache, decoder.context().readout(torch.cat(parts, 1)), full[:, 3:]
+
+
+def direct_is_exact(decoder: Decoder) -> bool:
+    """Whether running the blocks directly gives the model's own logits: three tokens, then two, then one."""
+    from offramp_hf.cache import GrowingLayer, WindowCache
+    from offramp_hf.decode.runner import Direct, Place, Unfit
+
+    devices = {p.device for p in decoder.model.parameters()}
+    if len(devices) != 1 or why_not_rope(decoder.model, 1 << 62) is not None:  # tables of such positions do not last
+        return False
+    ids, place = decoder._ids(1, 6), Place(None)
+    try:
+        # learned positions end somewhere, so a few tokens come first: `Direct` asks for many positions
+        if not torch.equal(decoder.calls(ids, use_cache=False)[0].hidden, decoder.model.get_input_embeddings()(ids)):
+            return False
+        full = decoder.model(input_ids=ids, use_cache=False).logits
+        direct = Direct(decoder, WindowCache([GrowingLayer() for _ in decoder.blocks]))
+        parts = []
+        for at in (slice(0, 3), slice(3, 5), slice(5, 6)):
+            state = direct.window(ids[:, at], 0, 1, None, place)
+            parts.append(direct.window(ids[:, at], 1, decoder.depth, state, place))
+        logits = decoder.context().readout(torch.cat(parts, 1))
+    except (Unfit, LookupError, RuntimeError, TypeError):
+        return False
+    low = full.dtype in (torch.float16, torch.bfloat16)
+    return bool(torch.allclose(logits, full, rtol=5e-2 if low else 1e-3, atol=5e-2 if low else 1e-4))
