@@ -1,4 +1,6 @@
-"""What generate cannot do early: one warning that names the reason and the framework's own text, or an error if strict."""
+"""What generate cannot do early: one warning that names the reason and the framework's own text, or an error if
+strict.
+"""
 
 import warnings
 
@@ -24,7 +26,9 @@ def llama(**config):
 
 
 def mistral():
-    return hf.MistralForCausalLM(hf.MistralConfig(**SIZES, num_key_value_heads=2, initializer_range=0.2, sliding_window=16)).eval()
+    return hf.MistralForCausalLM(
+        hf.MistralConfig(**SIZES, num_key_value_heads=2, initializer_range=0.2, sliding_window=16)
+    ).eval()
 
 
 def longrope():
@@ -140,7 +144,9 @@ def test_the_full_model_generates_and_one_warning_says_why(case, verify):
     plain = {"max_new_tokens": 3, "do_sample": False}
     before = model.generate(**ONE, **plain)
     with offramp.enable(model, "confidence", **policy, strict=True) as run:
-        with pytest.raises(OfframpError, match="cannot be decoded early, and strict=True forbids the full model") as error:
+        with pytest.raises(
+            OfframpError, match="cannot be decoded early, and strict=True forbids the full model"
+        ) as error:
             generate(model, batch, arguments(model))
         assert reason in str(error.value)
         made = model.generate(**ONE, **plain)

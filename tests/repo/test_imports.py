@@ -77,7 +77,11 @@ def allowed_of_ours(name):
     for folder in FOLDERS:
         if name.startswith(folder + "."):
             # calibrators work on traces; `_shared.py` files of a folder belong to the folder
-            more = ("offramp.calibration", "offramp.trace", "offramp.risks", "offramp.pvalues") if "calibrators" in folder else ()
+            more = (
+                ("offramp.calibration", "offramp.trace", "offramp.risks", "offramp.pvalues")
+                if "calibrators" in folder
+                else ()
+            )
             return (*CONTRACTS, "offramp.kernels", "offramp._registry", f"{folder}._", *more)
     return None
 

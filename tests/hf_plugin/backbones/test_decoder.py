@@ -32,9 +32,7 @@ FAMILIES = {
     "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**GEMMA3)),
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2, initializer_range=0.2)),
     "opt": lambda: hf.OPTForCausalLM(hf.OPTConfig(**OPT, word_embed_proj_dim=32)),
-    "opt-projected": lambda: hf.OPTForCausalLM(
-        hf.OPTConfig(**OPT, word_embed_proj_dim=16, do_layer_norm_before=False)
-    ),
+    "opt-projected": lambda: hf.OPTForCausalLM(hf.OPTConfig(**OPT, word_embed_proj_dim=16, do_layer_norm_before=False)),
     "phi": lambda: hf.PhiForCausalLM(hf.PhiConfig(**WIDE)),
     "gpt_neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**WIDE)),
     "bloom": lambda: hf.BloomForCausalLM(

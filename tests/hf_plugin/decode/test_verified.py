@@ -1,4 +1,6 @@
-"""Lossless decoding: whatever policy, threshold, end tokens and batch, the framework's own tokens; what ran is counted."""
+"""Lossless decoding: whatever policy, threshold, end tokens and batch, the framework's own tokens; what ran is
+counted.
+"""
 
 import copy
 from dataclasses import dataclass
@@ -148,9 +150,7 @@ def test_early_blocks_are_not_run_again(model, one):
     """Verification runs the deep blocks only: shallow blocks see each token that was drafted or committed once."""
     tokens = [0] * 6
     for i, block in enumerate(model.model.layers):
-        block.mlp.register_forward_hook(
-            lambda m, args, out, i=i: tokens.__setitem__(i, tokens[i] + args[0].shape[1])
-        )
+        block.mlp.register_forward_hook(lambda m, args, out, i=i: tokens.__setitem__(i, tokens[i] + args[0].shape[1]))
     offramp.attach(model, at=[2])
     with offramp.enable(model, Always(), verify=True, draft=4) as run:
         greedy(model, one)

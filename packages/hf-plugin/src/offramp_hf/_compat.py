@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-
 # ---- generate -------------------------------------------------------------------------------------------------------
 
 #: arguments of `generate` that are not generation-config entries or model inputs
@@ -58,7 +57,7 @@ def why_not_mode(config: Any, kwargs: dict[str, Any]) -> str | None:
             return f"{name}="
     mode = config.get_generation_mode(kwargs.get("assistant_model"))
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        return mode.value.replace("_", " ")
+        return str(mode.value).replace("_", " ")
     if config.cache_implementation not in (None, "dynamic", "dynamic_full"):
         return f"cache_implementation={config.cache_implementation!r}"
     if not config.use_cache:
@@ -140,7 +139,9 @@ def why_not_call(config: Any, processors: Any, inputs: dict[str, Any], ids: Any)
 
 
 def processors_of_row(processors: Any, row: int) -> Any:
-    """Return the logits processors as they act on one row of the batch: RepetitionPenalty knows the padding of every row."""
+    """Return the logits processors as they act on one row of the batch: RepetitionPenalty knows the padding of every
+    row.
+    """
     made = type(processors)(processors)
     for i, one in enumerate(processors):
         known: Any = getattr(one, "prompt_ignore_length", None)
@@ -163,7 +164,8 @@ def with_self_cache(inputs: dict[str, Any], window: Any) -> Any:
         return window
     from transformers.cache_utils import EncoderDecoderCache
 
-    cross = copy.copy(cache.cross_attention_cache)  # filled by the prefill; shallow, so that an error leaves the given one
+    # filled by the prefill; shallow, so that an error leaves the given one
+    cross = copy.copy(cache.cross_attention_cache)
     cross.layers = [copy.copy(layer) for layer in cross.layers]
     return EncoderDecoderCache(window, cross)
 
@@ -197,7 +199,9 @@ def own_loop(
 
 
 def output(model: Any, rows: Any, config: Any, inputs: dict[str, Any], cache: Any) -> Any:
-    """Return what `generate` returns: ids, or the framework's output object. cache: what the call was given, to be filled."""
+    """Return what `generate` returns: ids, or the framework's output object. cache: what the call was given, to be
+    filled.
+    """
     held = inputs["past_key_values"]
     if hasattr(held, "cross_attention_cache"):
         cache.cross_attention_cache.layers = held.cross_attention_cache.layers

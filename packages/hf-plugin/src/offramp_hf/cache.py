@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-#: slots added when a layer is full; at 256 the copy of a long cache happens once per 256 tokens instead of at every token
+#: slots added when a layer is full; at 256 the copy of a long cache happens once per 256 tokens instead of at every
+#: token
 CHUNK = 256
 
 
@@ -21,7 +22,8 @@ class Stored(Exception):  # noqa: N818  (a signal, not an error)
 class GrowingLayer(DynamicLayer):
     """A cache layer whose keys and values live in a buffer with room to grow: [batch, heads, slots, head_dim].
 
-    Appending copies only the new tokens and cropping copies nothing; `DynamicLayer` copies the whole cache at every token.
+    Appending copies only the new tokens and cropping copies nothing; `DynamicLayer` copies the whole cache at every
+    token.
     """
 
     keys: Tensor
@@ -82,7 +84,9 @@ class GrowingLayer(DynamicLayer):
 
 
 class WindowCache(DynamicCache):
-    """The layers of a `DynamicCache` as seen from the first block of the window that runs: sizes come from that layer."""
+    """The layers of a `DynamicCache` as seen from the first block of the window that runs: sizes come from that
+    layer.
+    """
 
     def __init__(self, layers: list[Any]) -> None:
         Cache.__init__(self, layers=layers)
@@ -124,7 +128,8 @@ class WindowCache(DynamicCache):
 
     def shortest(self) -> int:
         """Return the number of tokens that every layer holds."""
-        return min(layer.length for layer in self.layers)
+        lengths: list[int] = [layer.length for layer in self.layers]
+        return min(lengths)
 
 
 def why_not(cache: Any, depth: int, longest: int) -> str | None:
@@ -180,5 +185,7 @@ def _give_back(cache: DynamicCache, window: WindowCache) -> None:
 def causal(queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the additive mask [1, 1, queries, keys] of `queries` tokens at the end of `keys` slots."""
     mask = torch.zeros((queries, keys), dtype=dtype, device=device)
-    mask[:, keys - queries :].masked_fill_(torch.ones(queries, queries, dtype=torch.bool, device=device).triu(1), float("-inf"))
+    mask[:, keys - queries :].masked_fill_(
+        torch.ones(queries, queries, dtype=torch.bool, device=device).triu(1), float("-inf")
+    )
     return mask[None, None]

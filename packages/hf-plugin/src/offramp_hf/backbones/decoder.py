@@ -44,7 +44,9 @@ class Finish:
 
 
 def block_list(root: nn.Module, depth: int | None, skip: str = "") -> tuple[str, nn.ModuleList]:
-    """Return the outermost module list of `depth` blocks under `root`; raises `UnsupportedModel` when there is not one."""
+    """Return the outermost module list of `depth` blocks under `root`; raises `UnsupportedModel` when there is not
+    one.
+    """
     lists = [(n, m) for n, m in root.named_modules() if isinstance(m, nn.ModuleList) and not n.startswith("exits")]
     if skip:
         lists = [(n, m) for n, m in lists if not n.startswith(skip)]
@@ -103,7 +105,9 @@ class Decoder(Backbone):
     def _ids(self, rows: int, length: int) -> Tensor:
         device = self.model.get_input_embeddings().weight.device
         low = min(8, self.config.vocab_size - 1)
-        ids: Tensor = (torch.arange(rows * length, device=device) % max(1, self.config.vocab_size - low) + low).view(rows, length)
+        ids: Tensor = (torch.arange(rows * length, device=device) % max(1, self.config.vocab_size - low) + low).view(
+            rows, length
+        )
         return ids
 
     def _probe(self, rows: int, length: int) -> Any:
@@ -149,7 +153,8 @@ class Decoder(Backbone):
             return min(fitting, key=lambda fit: fit[0])[1]
         names = ", ".join(type(m).__name__ for m in [*before, unembed])
         raise UnsupportedModel(
-            f"{type(model).__name__}: its logits are not {names} applied to the last block's state; its readout is not understood"
+            f"{type(model).__name__}: its logits are not {names} applied to the last block's state; "
+            "its readout is not understood"
         )
 
     def _norms(self, norm: nn.Module, width: int) -> Iterator[nn.Module]:
@@ -175,7 +180,9 @@ class Decoder(Backbone):
         return hidden.reshape(-1, hidden.shape[-1])
 
     def batch(self, batch: Any) -> dict[str, Tensor]:
-        """Return a batch of the user's data as keyword arguments on the model's device: a tensor of ids, or a mapping."""
+        """Return a batch of the user's data as keyword arguments on the model's device: a tensor of ids, or a
+        mapping.
+        """
         if isinstance(batch, Tensor):
             batch = {"input_ids": batch}
         if isinstance(batch, (list, tuple)) and len(batch) == 1:
@@ -252,7 +259,8 @@ class Decoder(Backbone):
             undo()
         return made
 
-    #: the model's arguments for padding and for positions (None: it counts them from the cache), in tokens being decoded
+    #: the model's arguments for padding and for positions (None: it counts them from the cache), in tokens being
+    #: decoded
     mask_name = "attention_mask"
     position_name: str | None = "position_ids"
     #: whether rows of a batch may keep different numbers of drafted tokens: shorter ones are moved right in the cache

@@ -119,7 +119,9 @@ class EncoderDecoder(Decoder):
         self.model = model
         what = type(model).__name__
         if missing := [name for name in NEEDED if not self.takes(name)]:
-            raise UnsupportedModel(f"{what} does not take {', '.join(missing)}; only models that read text are understood")
+            raise UnsupportedModel(
+                f"{what} does not take {', '.join(missing)}; only models that read text are understood"
+            )
         try:
             super().__init__(model)
             with quiet(model):
@@ -180,7 +182,9 @@ class EncoderDecoder(Decoder):
         return chain if handed else self._chain
 
     def _windowed(self) -> tuple[Any, Tensor, Tensor]:
-        """Return (cache, logits, the model's own logits) of two rows: two windows of three tokens, of two, and of one."""
+        """Return (cache, logits, the model's own logits) of two rows: two windows of three tokens, of two, and of
+        one.
+        """
         from offramp_hf.cache import GrowingLayer, WindowCache
         from offramp_hf.decode.runner import Place, Through
 

@@ -50,10 +50,10 @@ class Chooser:
     ) -> tuple[list[int], list[Tensor]]:
         """Return the tokens that one row really gets, and their scores: accepted drafts and one more.
 
-        prefix: [1, length]; logits: [drafts + 1, classes] of the full model; guesses: scores [1, classes] that each draft
-        was chosen from. Greedy: drafts are kept while they are the full model's choice. Sampling: a draft x is kept with
-        probability min(1, p(x) / q(x)), else replaced by a draw from max(0, p - q) (arXiv 2211.17192), so that every token
-        has the full model's distribution.
+        prefix: [1, length]; logits: [drafts + 1, classes] of the full model; guesses: scores [1, classes] that each
+        draft was chosen from. Greedy: drafts are kept while they are the full model's choice. Sampling: a draft x is
+        kept with probability min(1, p(x) / q(x)), else replaced by a draw from max(0, p - q) (arXiv 2211.17192), so
+        that every token has the full model's distribution.
         """
         tokens: list[int] = []
         kept: list[Tensor] = []

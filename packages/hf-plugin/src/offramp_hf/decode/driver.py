@@ -1,4 +1,6 @@
-"""The windowed decoder: new tokens climb from exit to exit and wait there; deeper blocks run later, on all of them at once."""
+"""The windowed decoder: new tokens climb from exit to exit and wait there; deeper blocks run later, on all of them at
+once.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,14 @@ from offramp_hf.decode.runner import Place
 class Driver:
     """What both ways of decoding share: levels, waiting states, and the slots of the cache.
 
-    Level i < len(exits) is exit i; the last level is the full model. Tokens that wait at a level are a run of neighbours, and
-    later ones than those at deeper levels, so every block sees the tokens in order and its keys and values are exact.
+    Level i < len(exits) is exit i; the last level is the full model. Tokens that wait at a level are a run of
+    neighbours, and later ones than those at deeper levels, so every block sees the tokens in order and its keys and
+    values are exact.
     """
 
-    def __init__(self, run: Run, rows: Rows, chooser: Chooser, runner: Any, cache: WindowCache, mask: Tensor | None) -> None:
+    def __init__(
+        self, run: Run, rows: Rows, chooser: Chooser, runner: Any, cache: WindowCache, mask: Tensor | None
+    ) -> None:
         self.run, self.rows, self.chooser, self.runner, self.cache = run, rows, chooser, runner, cache
         self.depths = (*run.exits.at, run.backbone.depth)
         self.last = len(run.exits.at)
@@ -94,7 +99,8 @@ class Driver:
     def keep(self, new: int, kept: list[int]) -> None:
         """Keep the first `kept[row]` of the `new` newest slots of each row; every row ends at the same slot again.
 
-        Rows that keep fewer are moved right and padded left: positions live in the keys, so moving slots changes nothing.
+        Rows that keep fewer are moved right and padded left: positions live in the keys, so moving slots changes
+        nothing.
         """
         most = max(kept)
         total = self.slots + most
@@ -104,7 +110,9 @@ class Driver:
             device = self.rows.ids.device
             counts = torch.tensor(kept, device=device)
             base = torch.ones((len(kept), self.slots), dtype=torch.long, device=device)
-            mask = torch.cat([base if place.mask is None else place.mask[:, : self.slots], base.new_ones((len(kept), most))], 1)
+            mask = torch.cat(
+                [base if place.mask is None else place.mask[:, : self.slots], base.new_ones((len(kept), most))], 1
+            )
             if min(kept) != most:
                 shift = (most - counts)[:, None]
                 index = torch.arange(total, device=device)[None] - shift

@@ -1,4 +1,6 @@
-"""Lossy: a token is taken from the first exit that the policy accepts; deeper keys and values come later or by projection."""
+"""Lossy: a token is taken from the first exit that the policy accepts; deeper keys and values come later or by
+projection.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,10 @@ from offramp_hf.decode.driver import Driver
 
 
 class Early(Driver):
-    """One token per row and step. kv="catch_up": deep blocks run on all waiting tokens when some row needs them (FREE,
-    arXiv 2310.05424; EE-LLM); kv="propagate": the exit state goes through each deeper block's own key and value projections
-    (CALM, arXiv 2207.07061)."""
+    """One token per row and step. kv="catch_up": deep blocks run on all waiting tokens when some row needs them
+    (FREE, arXiv 2310.05424; EE-LLM); kv="propagate": the exit state goes through each deeper block's own key and
+    value projections (CALM, arXiv 2207.07061).
+    """
 
     def generate(self) -> None:
         """Run steps until every row has stopped."""
@@ -46,7 +49,9 @@ class Early(Driver):
         self.rows.commit_all(self.chooser.pick(scores), depths.tolist(), scores, answer.float())
 
     def exits(self, state: Tensor, dead: Tensor) -> tuple[Tensor, Tensor | None, Tensor, int | None]:
-        """Ask the exits in turn. Returns (rows that stopped, their logits, depth per row, level reached or None for full)."""
+        """Ask the exits in turn. Returns (rows that stopped, their logits, depth per row, level reached or None for
+        full).
+        """
         policy, batch = self.run.policy, self.rows.batch
         memory = policy.start(batch, state.device)
         position = self.positions()

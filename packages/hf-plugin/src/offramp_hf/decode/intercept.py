@@ -115,7 +115,10 @@ class Call:
             return _compat.own_loop(
                 model, input_ids, logits_processor, stopping_criteria, generation_config, self.streamer, model_kwargs
             )
-        keep = [bool(generation_config.return_dict_in_generate and f) for f in (generation_config.output_scores, generation_config.output_logits)]
+        keep = [
+            bool(generation_config.return_dict_in_generate and f)
+            for f in (generation_config.output_scores, generation_config.output_logits)
+        ]
         rows = Rows(input_ids, stopping_criteria, longest, generation_config._pad_token_tensor, self.streamer, keep)
         chooser = Chooser(logits_processor, generation_config.do_sample)
         wanted = generation_config.return_dict_in_generate or getattr(whole, "_is_user_defined", False)
@@ -126,7 +129,14 @@ class Call:
         return _compat.output(model, rows, generation_config, model_kwargs, whole)
 
     def loop(
-        self, model: Any, rows: Rows, chooser: Chooser, config: Any, inputs: dict[str, Any], cache: WindowCache, wanted: bool
+        self,
+        model: Any,
+        rows: Rows,
+        chooser: Chooser,
+        config: Any,
+        inputs: dict[str, Any],
+        cache: WindowCache,
+        wanted: bool,
     ) -> None:
         """Prefill with the full model, take the first token from it, then decode in windows.
 

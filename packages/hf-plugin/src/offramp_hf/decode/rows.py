@@ -14,7 +14,9 @@ class Rows:
     input_ids: [batch, prompt]; criteria: the framework's stopping criteria; longest: most tokens a row may hold.
     """
 
-    def __init__(self, input_ids: Tensor, criteria: Any, longest: int, pad: Tensor | None, streamer: Any, keep: Any) -> None:
+    def __init__(
+        self, input_ids: Tensor, criteria: Any, longest: int, pad: Tensor | None, streamer: Any, keep: Any
+    ) -> None:
         self.batch, self.prompt = input_ids.shape
         self.criteria, self.streamer, self.longest = criteria, streamer, longest
         #: the framework pads finished rows only if some criterion knows the end token
@@ -62,7 +64,9 @@ class Rows:
         """Length of what is returned."""
         return max(self.length) if self.pads else self.target
 
-    def commit(self, row: int, token: int, depth: int, scores: Tensor | None = None, logits: Tensor | None = None) -> bool:
+    def commit(
+        self, row: int, token: int, depth: int, scores: Tensor | None = None, logits: Tensor | None = None
+    ) -> bool:
         """Append one token to one row and ask its criteria; returns whether the row takes more."""
         at = self.length[row]
         self.ids[row, at] = token
@@ -79,11 +83,15 @@ class Rows:
         self.stream()
         return self.live(row)
 
-    def commit_all(self, tokens: Tensor, depths: list[int], scores: Tensor | None = None, logits: Tensor | None = None) -> None:
+    def commit_all(
+        self, tokens: Tensor, depths: list[int], scores: Tensor | None = None, logits: Tensor | None = None
+    ) -> None:
         """Append one token to every row at once; needs rows of equal length. tokens: [batch]."""
         at = self.length[0]
         live = [self.finished[r] is None or not self.pads for r in range(self.batch)]
-        self.ids[:, at] = tokens if all(live) else torch.where(tokens.new_tensor(live, dtype=torch.bool), tokens, self.pad)
+        self.ids[:, at] = (
+            tokens if all(live) else torch.where(tokens.new_tensor(live, dtype=torch.bool), tokens, self.pad)
+        )
         self.length = [at + 1] * self.batch
         for row in range(self.batch):
             if live[row]:

@@ -21,8 +21,9 @@ class Stop(Exception):  # noqa: N818  (a signal, not an error)
 
 
 class Place:
-    """Where new tokens go. mask: [batch, slots] of 0/1 over all slots so far, or None without padding; longest: most tokens
-    a row may come to hold (0: unknown)."""
+    """Where new tokens go. mask: [batch, slots] of 0/1 over all slots so far, or None without padding; longest: most
+    tokens a row may come to hold (0: unknown).
+    """
 
     def __init__(self, mask: Tensor | None, longest: int = 0) -> None:
         self.mask, self.longest = mask, longest
@@ -33,12 +34,15 @@ class Place:
         offset = torch.arange(new, device=device)[None]
         if self.mask is None:
             return offset + slots
-        # drafts of a row that is nearly full, and rows that ended, would run past a learned position table; nobody reads them
+        # drafts of a row that is nearly full, and rows that ended, would run past a learned position table; nobody
+        # reads them
         return (self.mask[:, :slots].sum(-1, keepdim=True) + offset).clamp(max=max(self.longest, 1) - 1)
 
 
 class Through:
-    """Runs a window by calling the model: embeddings, masks and positions are the model's own, for every architecture."""
+    """Runs a window by calling the model: embeddings, masks and positions are the model's own, for every
+    architecture.
+    """
 
     #: the model's own forward may make buffers that outlive the call, so it runs under no_grad
     inference = False
@@ -125,8 +129,8 @@ class Direct:
     """Calls the blocks themselves, for one unpadded row: the model's forward is asked only for its rotary tables.
 
     Saves what the model does around its blocks at every step (masks, positions, wrappers): about 8 % of a token on a
-    5 M-parameter model. Only built where a probe shows that block inputs are the embeddings and that every argument is a
-    constant, a cache, a table over positions or a causal mask.
+    5 M-parameter model. Only built where a probe shows that block inputs are the embeddings and that every argument
+    is a constant, a cache, a table over positions or a causal mask.
     """
 
     #: blocks make no lasting tensors; without view tracking and version counters a token is about 10 % faster
@@ -153,7 +157,9 @@ class Direct:
         if not torch.equal(calls[0].hidden, self.embed(ids)):
             raise Unfit("its first block does not read the plain embeddings")
         names = [self.decoder.argument_names(call) for call in calls]
-        tables: list[dict[str, Any]] = [{**dict(zip(n, c.args, strict=False)), **c.kwargs} for n, c in zip(names, calls, strict=True)]
+        tables: list[dict[str, Any]] = [
+            {**dict(zip(n, c.args, strict=False)), **c.kwargs} for n, c in zip(names, calls, strict=True)
+        ]
         self.shared: list[int] = []
         self.tables: list[dict[str, Any]] = []
         for table in tables:
@@ -204,7 +210,9 @@ class Direct:
         return self.cache if kind == "cache" else None if kind == "mask" else value
 
     def mask(self, new: int, slots: int, like: Tensor) -> Tensor | None:
-        """Return the causal mask of `new` tokens behind `slots` stored ones, a view of one matrix; None for one token."""
+        """Return the causal mask of `new` tokens behind `slots` stored ones, a view of one matrix; None for one
+        token.
+        """
         if new == 1:
             return None
         if self.masks is None or self.masks.shape[-1] < slots + self.masks.shape[-2] or self.masks.shape[-2] < new:
@@ -225,7 +233,10 @@ class Direct:
         mask = self.mask(new, slots, state)
         groups = self.arguments(slots, new)
         if mask is not None:
-            groups = [{k: mask if kind[k] == "mask" else v for k, v in g.items()} for g, kind in zip(groups, self.kinds, strict=True)]
+            groups = [
+                {k: mask if kind[k] == "mask" else v for k, v in g.items()}
+                for g, kind in zip(groups, self.kinds, strict=True)
+            ]
         for index in range(start, stop):
             state = state_of(self.decoder.blocks[index](state, **groups[self.shared[index]]))
         return state
@@ -255,6 +266,10 @@ class Direct:
 
 def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     def flat(value: Any) -> tuple[Any, ...]:
-        return tuple(id(v) for v in value) if isinstance(value, tuple) else (id(value) if isinstance(value, Tensor) else value,)
+        return (
+            tuple(id(v) for v in value)
+            if isinstance(value, tuple)
+            else (id(value) if isinstance(value, Tensor) else value,)
+        )
 
     return a.keys() == b.keys() and all(flat(a[k]) == flat(b[k]) for k in a)

@@ -31,7 +31,9 @@ class Look:
 
 
 class Verified(Driver):
-    """Self-speculation with one shared cache (arXiv 2404.16710, 2404.18911), from the first exit that the policy accepts."""
+    """Self-speculation with one shared cache (arXiv 2404.16710, 2404.18911), from the first exit that the policy
+    accepts.
+    """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -51,7 +53,9 @@ class Verified(Driver):
             self.round()
 
     def round(self) -> None:
-        """Draft until the policy no longer accepts, run the deep blocks once, commit what they confirm and one token more."""
+        """Draft until the policy no longer accepts, run the deep blocks once, commit what they confirm and one token
+        more.
+        """
         rows, live = self.rows, [self.rows.live(r) for r in range(self.rows.batch)]
         room = max(rows.longest - rows.length[r] - 1 for r in range(rows.batch) if live[r])
         limit = min(self.longest, room)
@@ -90,7 +94,9 @@ class Verified(Driver):
         chances: list[float],
         live: list[bool],
     ) -> tuple[Tensor, Tensor] | None:
-        """Ask the exits in turn for the next token; returns ([batch, 1] tokens, their scores), or None to stop drafting."""
+        """Ask the exits in turn for the next token; returns ([batch, 1] tokens, their scores), or None to stop
+        drafting.
+        """
         policy = self.run.policy
         memory = policy.start(self.rows.batch, state.device)
         position = self.positions() + len(drafts)
@@ -121,7 +127,9 @@ class Verified(Driver):
         return sum(rates) / len(rates) if self.ragged else math.prod(rates)
 
     def guess(self, prediction: Tensor, drafts: list[Tensor], seen: Evidence) -> tuple[Tensor, Tensor]:
-        """Return (scores [batch, classes], drafted token [batch]) from a head's prediction, as the framework would choose."""
+        """Return (scores [batch, classes], drafted token [batch]) from a head's prediction, as the framework would
+        choose.
+        """
         chooser = self.chooser
         if chooser.plain and not chooser.sample:
             return prediction, seen.stats["label"] if "label" in seen.stats else prediction.argmax(-1)
@@ -170,7 +178,13 @@ class Verified(Driver):
             early = i < len(tokens) - 1
             one = scores[i] if scores is not None else (logits[i : i + 1].float() if keep else None)
             self.run.stats.accepted += early
-            if not self.rows.commit(row, token, depth_of[i] if early else self.depths[-1], one, logits[i : i + 1].float() if self.rows.keep_logits else None):
+            if not self.rows.commit(
+                row,
+                token,
+                depth_of[i] if early else self.depths[-1],
+                one,
+                logits[i : i + 1].float() if self.rows.keep_logits else None,
+            ):
                 break
 
     def learn(self, row: int, tokens: list[int], looks: list[Look], kept: int) -> None:
@@ -188,13 +202,17 @@ class Verified(Driver):
 
 
 def head_cost(run: Run) -> float:
-    """Return the cost of one head in blocks: its share of weights, and at least a quarter for its calls on small models."""
+    """Return the cost of one head in blocks: its share of weights, and at least a quarter for its calls on small
+    models.
+    """
     count: int = sum(p.numel() for p in run.backbone.chain().blocks[0].parameters())
     weights: int = sum(p.numel() for p in run.backbone.context().projection.parameters())
     return max(0.25, weights / max(count, 1))
 
 
-def _to_host(stop: Tensor, seen: Evidence, token: Tensor, finite: Tensor) -> tuple[list[bool], list[Any], list[int], int]:
+def _to_host(
+    stop: Tensor, seen: Evidence, token: Tensor, finite: Tensor
+) -> tuple[list[bool], list[Any], list[int], int]:
     """Bring what a draft step needs to the host in one transfer; token ids are exact in float64."""
     stats = seen.stats
     if "top1" in stats:
