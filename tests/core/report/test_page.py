@@ -16,7 +16,7 @@ from offramp.report.curves import POLICIES, summary
 from offramp.report.page import FULL, NAMES, level_of
 from offramp.report.words import explain, promise
 
-VOID = {"meta", "circle", "rect", "path", "polyline", "polygon"}
+VOID = {"meta", "wbr", "circle", "rect", "path", "polyline", "polygon"}
 
 
 def trace(n=400, depths=(2, 4, 6, 8)):

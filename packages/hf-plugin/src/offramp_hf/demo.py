@@ -186,10 +186,14 @@ def body_of(story: Study, other: Study, name: str, plain: str, settings: Setting
 
 
 def samples(story: Study) -> list[dict[str, Any]]:
-    """Return continuations with the depth of every token, of prompts that came out longest, verified and calibrated."""
-    longest = sorted(range(len(story.prompts)), key=lambda i: -story.timed["generate"][i].result.shape[1])[:SAMPLES]
+    """Return the continuations that repeat themselves least, verified and calibrated, with the depth of every token."""
+
+    def variety(i: int) -> int:
+        made = story.timed["generate"][i].result[0, story.prompts[i].shape[1] :]
+        return len(set(made.tolist()))
+
     out = []
-    for i in longest:
+    for i in sorted(range(len(story.prompts)), key=variety, reverse=True)[:SAMPLES]:
         ids = story.prompts[i]
         for name in ("verified", "calibrated"):
             way = story.ways[name]

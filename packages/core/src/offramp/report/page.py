@@ -100,7 +100,8 @@ def _lead(run: Mapping[str, Any]) -> str:
         c = run["certificate"]
         tiles.append(("promise", f"≤ {percent(c['alpha'])}", f"{c['risk']}, at {percent(1 - c['delta'])} confidence"))
     cells = "".join(
-        f"<li><span>{escape(a)}</span><strong>{escape(b)}</strong><small>{escape(c)}</small></li>" for a, b, c in tiles
+        f"<li><span>{escape(a)}</span><strong>{_together(b)}</strong><small>{_together(c)}</small></li>"
+        for a, b, c in tiles
     )
     return "".join([*said, f'<ul class="tiles">{cells}</ul>' if cells else ""])
 
@@ -230,7 +231,8 @@ def _curve_table(curves: Mapping[str, Sequence[Mapping[str, Any]]], trace: Mappi
         rows.append(f'<tr><th scope="row">{escape(name)}</th>{"".join(cells)}</tr>')
     caption = f"Least mean depth (of {trace['depths'][-1]}) that keeps this agreement with the full model"
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table><caption>{caption}</caption>'
+        f'<p class="caption">{_together(caption)}</p>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table>'
         f'<thead><tr><th scope="col">policy</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
 

@@ -50,12 +50,17 @@ def _table(rows: Sequence[Mapping[str, Any]], caption: str) -> str:
         "blocks run / full",
     )
     head = "".join(f'<th scope="col">{c}</th>' for c in ("way", *columns))
-    body = "".join(f'<tr><th scope="row">{escape(str(r["name"]))}{_layer(r)}</th>{_cells(r)}</tr>' for r in rows)
+    body = "".join(f'<tr><th scope="row">{_name(r)}{_layer(r)}</th>{_cells(r)}</tr>' for r in rows)
     label = escape(caption)
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table><caption>{label}</caption>'
+        f'<p class="caption">{label}</p><div class="scroll" tabindex="0" role="region" aria-label="{label}"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    """Return the name with places to break the line at: on a phone it shares the width with numbers."""
+    return escape(str(row["name"])).replace("_", "_<wbr>")
 
 
 def _layer(row: Mapping[str, Any]) -> str:
