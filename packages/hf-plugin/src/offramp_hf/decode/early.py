@@ -70,12 +70,12 @@ class Early(Driver):
                 finite = finite & made.amax(-1).isfinite()
                 stop = stop & finite
             new = stop & ~stopped
-            some, every, bad = torch.stack([new.any(), (stopped | new).all(), (~finite).sum()]).tolist()
+            stopped = stopped | new
+            some, every, bad = _facts(new, stopped, finite)
             self.run.stats.nonfinite += bad
             if some and made is not None:
                 answer = made if answer is None else torch.where(new[:, None], made, answer)
                 depths = torch.where(new, self.depths[level], depths)
-                stopped = stopped | new
             if every:
                 return stopped, answer, depths, level
         if self.run.options.kv == "propagate" and batch > 1 and bool(stopped.any()):
@@ -88,3 +88,12 @@ class Early(Driver):
         self.waiting[level] = []
         self.runner.fill(tokens, self.depths[level], state, self.place)
         self.run.stats.projected += (self.depths[-1] - self.depths[level]) * self.rows.batch
+
+
+def _facts(new: Tensor, stopped: Tensor, finite: Tensor) -> tuple[bool, bool, int]:
+    """Return (did any row stop here, has every row stopped, rows with odd evidence), with one wait for the device."""
+    if new.device.type == "cpu":
+        sure = finite.tolist()
+        return any(new.tolist()), all(stopped.tolist()), len(sure) - sum(sure)
+    some, every, bad = torch.stack([new.any(), stopped.all(), (~finite).sum()]).tolist()
+    return bool(some), bool(every), bad

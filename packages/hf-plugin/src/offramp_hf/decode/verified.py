@@ -17,6 +17,8 @@ from offramp_hf.decode.pace import Pace
 
 #: longest draft when its length adapts: at 95 % acceptance a longer one gains under 3 %
 LONGEST = 12
+#: least cost of a look (head, statistics, policy) in blocks: on small models it is the calls that cost, 0.1-0.13 of 0.3 ms
+LOOK = 0.4
 
 
 @dataclass
@@ -202,12 +204,10 @@ class Verified(Driver):
 
 
 def head_cost(run: Run) -> float:
-    """Return the cost of one head in blocks: its share of weights, and at least a quarter for its calls on small
-    models.
-    """
+    """Return the cost of one look at an exit in blocks: the head's share of weights, and at least LOOK."""
     count: int = sum(p.numel() for p in run.backbone.chain().blocks[0].parameters())
     weights: int = sum(p.numel() for p in run.backbone.context().projection.parameters())
-    return max(0.25, weights / max(count, 1))
+    return max(LOOK, weights / max(count, 1))
 
 
 def _to_host(
@@ -223,5 +223,8 @@ def _to_host(
         confidence = (-stats["entropy"]).exp()
     else:
         confidence = torch.zeros_like(token, dtype=torch.float32)
+    if stop.device.type == "cpu":  # nothing to wait for: four small reads are 20 us cheaper than packing
+        sure = finite.tolist()
+        return stop.tolist(), confidence.tolist(), token.tolist(), len(sure) - sum(sure)
     packed = torch.stack([stop.double(), confidence.double(), token.double(), finite.double()]).tolist()
     return [s > 0 for s in packed[0]], packed[1], [int(t) for t in packed[2]], int(len(packed[3]) - sum(packed[3]))
