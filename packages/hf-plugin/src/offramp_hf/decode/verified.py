@@ -17,7 +17,8 @@ from offramp_hf.decode.pace import Pace
 
 #: longest draft when its length adapts: at 95 % acceptance a longer one gains under 3 %
 LONGEST = 12
-#: least cost of a look (head, statistics, policy) in blocks: on small models it is the calls that cost, 0.1-0.13 of 0.3 ms
+#: least cost of a look (head, statistics, policy) in blocks: on small models it is the calls that cost, 0.1-0.13 of
+#: 0.3 ms
 LOOK = 0.4
 
 
