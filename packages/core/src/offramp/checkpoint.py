@@ -54,8 +54,9 @@ def read_bytes(path: Path) -> bytes:
 
 def read_json(path: Path, newest: int, keys: Iterable[str]) -> dict[str, Any]:
     """Read a JSON object with a `format` number up to `newest` and all of `keys`; raises `DamagedFile`."""
+    data = read_bytes(path)
     try:
-        body = json.loads(read_bytes(path))
+        body = json.loads(data)
     except ValueError as error:
         raise DamagedFile(f"{path} is not JSON: {error}") from error
     if not isinstance(body, dict) or not isinstance(body.get("format"), int):

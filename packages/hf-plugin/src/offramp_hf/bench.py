@@ -11,12 +11,13 @@ from rich.console import Console
 import offramp
 from offramp.cli import as_dict
 from offramp_hf import measure
-from offramp_hf.demo import FULL, QUICK, study, table
+from offramp_hf.demo import FULL, QUICK, one_thread, study, table
 from offramp_hf.prepare import find_testbed
 
 MODELS = ("pycode-5m-layerskip", "pycode-5m")
 
 
+@one_thread()
 def lm(folder: Path, prompts: int, quick: bool, console: Console) -> dict[str, Any]:
     """Measure all ways of generating on both testbed models; fitted exits are shared with the demo in `folder`."""
     settings = QUICK if quick else FULL
