@@ -9,8 +9,8 @@ BINS = 12
 #: weight of the optimistic prior, in observations
 PRIOR = 2.0
 #: what one more token costs in a call of the deep blocks, as a share of the call: 25, 31, 42 % measured for 2, 3, 4
-#: tokens on CPU, where more than one token needs a mask
-WIDER = 0.12
+#: tokens on CPU (the mask of more than one token is most of it), about nothing where weights are what is read
+WIDER = 0.08
 #: rounds without looking at heads after a losing streak, doubled each time
 NAP, LONGEST_NAP = 16, 512
 

@@ -19,7 +19,7 @@ from offramp_hf.decode.pace import Pace
 LONGEST = 12
 #: least cost of a look (head, statistics, policy) in blocks: on small models it is the calls that cost, 0.1-0.13 of
 #: 0.3 ms
-LOOK = 0.4
+LOOK = 0.3
 
 
 @dataclass
