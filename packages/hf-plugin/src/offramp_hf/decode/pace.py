@@ -12,7 +12,9 @@ PRIOR = 2.0
 #: tokens on CPU (the mask of more than one token is most of it), about nothing where weights are what is read
 WIDER = 0.08
 #: rounds without looking at heads after a losing streak, doubled each time
-NAP, LONGEST_NAP = 16, 512
+NAP, LONGEST_NAP = 16, 64
+#: what an exit that wakes may lose before it rests again, in blocks per look: about a dozen looks, 1 % of the time
+TRIAL = 0.1
 
 
 class Pace:
@@ -68,7 +70,7 @@ class Pace:
         """Take in what one look at exit `index` earned (negative: cost), and rest it when that is a loss on average."""
         self.worth[index] += 0.03 * (blocks - self.worth[index])
         if self.worth[index] < 0:
-            self.nap[index], self.worth[index] = self.next_nap[index], 0.5
+            self.nap[index], self.worth[index] = self.next_nap[index], TRIAL
             self.next_nap[index] = min(2 * self.next_nap[index], LONGEST_NAP)
         elif self.worth[index] > 0.75:
             self.next_nap[index] = NAP
