@@ -126,6 +126,16 @@ def test_a_row_with_nan_never_exits_and_is_counted(model, exits, x, policy, opti
     assert torch.allclose(out[others], clean[others], atol=1e-5) and out[3].isnan().all()
 
 
+def test_a_broken_head_does_not_answer_for_a_policy_that_never_looks(model, exits, x):
+    full = model(x)
+    for p in exits[AT[0]].parameters():
+        p.data.fill_(torch.nan)
+    with offramp.enable(model, "fixed", depth=AT[0]) as run:
+        out = model(x)
+    assert run.stats.last_depths.min() > AT[0] and run.stats.nonfinite == len(x)
+    assert out.isfinite().all() and out.shape == full.shape
+
+
 def test_infinite_logits_of_one_row(model, exits, x):
     exits[2].forward = lambda h: torch.zeros(len(h), 5).index_fill(0, torch.tensor([0]), torch.inf)
     with offramp.enable(model, "confidence", threshold=0.1) as run:
