@@ -152,12 +152,21 @@ class SinglePass:
         run.stats.nonfinite += counts[1]
         if not counts[0]:
             return None
-        gone, kept = stop.nonzero().squeeze(-1), (~stop).nonzero().squeeze(-1)
+        gone, answer = stop.nonzero().squeeze(-1), None
+        if self.output is not None and seen.prediction is not None:
+            answer = seen.prediction[gone]
+        elif self.output is not None:  # a policy that never looked at the logits: a broken head must not answer
+            answer = run.exits[seen.depth](pooled[gone])
+            sure = answer.isfinite().all(-1)
+            if not bool(sure.all()):
+                run.stats.nonfinite += int((~sure).sum())
+                stop = stop.index_fill(0, gone[~sure], False)
+                gone, answer = gone[sure], answer[sure]
+                if not gone.numel():
+                    return None
+        kept = (~stop).nonzero().squeeze(-1)
         rows = self.rows if self.rows is not None else torch.arange(self.batch, device=hidden.device)
-        answer = None
-        if self.output is not None:
-            answer = run.exits[seen.depth](pooled[gone]) if seen.prediction is None else seen.prediction[gone]
-        whole = counts[0] == self.batch  # all at once: no copy
+        whole = gone.numel() == self.batch  # all at once: no copy
         self.left.append((rows[gone], hidden if whole else hidden[gone], answer))
         self.depths[rows[gone].cpu()] = seen.depth
         self.rows = rows[kept]
