@@ -82,7 +82,8 @@ class Backbone(ABC):
 
     @abstractmethod
     def observe(self, batch: Any, depths: Sequence[int]) -> Observed:
-        """Run the full model on one batch and return the states at `depths`; no gradients, nothing changed."""
+        """Run the full model on one batch and return the states at `depths`; nothing changed. Gradients are the
+        caller's choice."""
 
     @abstractmethod
     def drive(self, run: Run) -> Undo:

@@ -16,6 +16,7 @@ from offramp.attach import Exits, find
 from offramp.backbone import Observed
 from offramp.enable import paused
 from offramp.errors import BadArgument
+from offramp.live import Live
 from offramp.loss import Loss
 from offramp.record import batches, evaluating, track
 
@@ -46,14 +47,18 @@ def fit(
     rows: int = 2048,
     seed: int = 0,
     progress: bool = True,
+    backbone: bool = False,
+    layer_dropout: float = 0.0,
+    weight_decay: float = 0.0,
     **options: Any,
 ) -> FitReport:
-    """Train all heads together on `data`, with the backbone frozen; returns a `FitReport`.
+    """Train all heads together on `data`, with the backbone frozen unless asked; returns a `FitReport`.
 
     data: as the model takes it (labels only for loss="labels"); batch_size: rows of the model's own input per
     forward; rows: samples (tokens) per step; lr: AdamW's, cosine to zero with 5 % warm-up; options: the loss's
-    (`temperature`, `weighting`, ...). Raises `NotAttached`, `UnknownName`, `BadArgument`. The model's modes and
-    `requires_grad` are put back.
+    (`temperature`, `weighting`, ...). backbone: train the model too, on one batch per step (`rows` has no meaning
+    then); layer_dropout: rate of the last block, per sample, rising with depth (arXiv 2404.16710). Raises
+    `NotAttached`, `UnknownName`, `BadArgument`. The model's modes and `requires_grad` are put back.
     """
     exits = find(model)
     if steps < 1:
@@ -63,17 +68,24 @@ def fit(
     objective: Loss = create(Loss, loss, **options) if isinstance(loss, str) else loss
     started = time.perf_counter()
     grads = {p: p.requires_grad for p in model.parameters()}
-    wanted = trainable(exits)
+    wanted = everything(exits) if backbone else trainable(exits)
     if not wanted:
-        raise BadArgument(f"head {exits.head!r} has no weights of its own to train here; use head='translator'")
+        raise BadArgument(
+            f"head {exits.head!r} has no weights of its own to train here; use head='translator', or backbone=True"
+        )
+    if not 0 <= layer_dropout < 1 or (layer_dropout and not backbone):
+        raise BadArgument(f"layer_dropout={layer_dropout!r} is a rate from 0 to 1 for training with backbone=True")
     report = FitReport()
     try:
         for p in grads:
             p.requires_grad_(False)
         with evaluating(model), paused(model):
-            source = _States(exits, data, batch_size, rows, seed)
+            if backbone:
+                source: Any = Live(exits, data, batch_size, seed, layer_dropout)
+            else:
+                source = _States(exits, data, batch_size, rows, seed)
             report.before = source.agreement()
-            _train(exits, source, objective, wanted, report, steps, lr, progress)
+            _train(exits, source, objective, wanted, report, steps, lr, weight_decay, progress)
             report.agreement = source.agreement()
     finally:
         for p, flag in grads.items():
@@ -88,29 +100,36 @@ def trainable(exits: Exits) -> list[nn.Parameter]:
     return [p for name, p in exits.modules.named_parameters() if id(p) not in base and ".base_layer." not in name]
 
 
+def everything(exits: Exits) -> list[nn.Parameter]:
+    """Return the parameters of the model and of its heads, each once, in floating point."""
+    return [p for p in exits.model.parameters() if p.is_floating_point()]
+
+
 def _train(
     exits: Exits,
-    source: _States,
+    source: Any,
     objective: Loss,
     wanted: list[nn.Parameter],
     report: FitReport,
     steps: int,
     lr: float,
+    weight_decay: float,
     progress: bool,
 ) -> None:
     for p in wanted:
         p.requires_grad_(True)
-    optimizer = torch.optim.AdamW(wanted, lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(wanted, lr=lr, weight_decay=weight_decay)
     warm = max(1, steps // 20)
     shape = lambda s: min(1.0, (s + 1) / warm) * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * s / steps)).item())  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
     losses = []
     with torch.enable_grad():
-        for _, seen in zip(track(range(steps), "fit exits", progress, steps), source, strict=False):
-            answers = [exits[d](h) for d, h in zip(exits.at, seen.hidden, strict=True)]
-            with torch.no_grad():
+        for step, seen in zip(track(range(steps), "fit exits", progress, steps), source, strict=False):
+            active = objective.active(step, steps, len(exits))
+            answers = [exits[exits.at[i]](seen.hidden[i]) for i in active]
+            with torch.set_grad_enabled(seen.final.requires_grad):
                 final = exits.backbone.context().readout(seen.final)
-            value = objective(answers, final, seen.targets)
+            value = objective(answers, final, seen.targets, active, len(exits))
             optimizer.zero_grad()
             value.backward()
             torch.nn.utils.clip_grad_norm_(wanted, 1.0)

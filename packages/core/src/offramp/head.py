@@ -43,6 +43,8 @@ class ExitHead(nn.Module):
 
     #: names in `own_state` that start so are in the files of `save_extra`, not in `exits.safetensors`
     extra: ClassVar[tuple[str, ...]] = ()
+    #: whether the head has weights of its own; one without is trained only by training the backbone
+    own: ClassVar[bool] = True
 
     @classmethod
     @abstractmethod

@@ -15,11 +15,13 @@ WEIGHTINGS = {
     "uniform": lambda k: [1.0] * k,
     "linear": lambda k: [float(j + 1) for j in range(k)],
     "inverse": lambda k: [float(k - j) for j in range(k)],
+    "sum": lambda k: [(j + 1) * (j + 2) / 2 for j in range(k)],
 }
 
 
 def weigh(losses: Sequence[Tensor], weighting: str) -> Tensor:
-    """Return the weighted mean of per-exit losses; `weighting` is uniform, linear (deep exits more) or inverse."""
+    """Return the weighted mean of per-exit losses; `weighting` is uniform, linear (deep exits more), inverse or
+    sum (1, 3, 6, ...: deep exits most)."""
     if weighting not in WEIGHTINGS:
         raise UnknownName(f"no weighting is called {weighting!r};{did_you_mean(weighting, WEIGHTINGS)}")
     raw = WEIGHTINGS[weighting](len(losses))
@@ -32,12 +34,24 @@ class Loss(ABC):
 
     weighting: str
 
+    def active(self, step: int, steps: int, count: int) -> Sequence[int]:
+        """Return which of `count` exits take part in training step `step` of `steps`; all, unless a loss takes turns.
+        """
+        return range(count)
+
     @abstractmethod
     def each(self, predictions: Sequence[Tensor], final: Tensor, targets: Tensor | None) -> list[Tensor]:
         """Return one scalar per exit. predictions: K tensors [rows, classes]; final: the full model's logits."""
 
-    def __call__(self, predictions: Sequence[Tensor], final: Tensor, targets: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        predictions: Sequence[Tensor],
+        final: Tensor,
+        targets: Tensor | None = None,
+        active: Sequence[int] | None = None,
+        exits: int | None = None,
+    ) -> Tensor:
         """Return the weighted scalar loss. Shapes: predictions K x [rows, classes], final [rows, classes], targets
-        [rows].
+        [rows]. active: which of the model's `exits` exits the predictions come from (all when None).
         """
         return weigh(self.each(predictions, final, targets), self.weighting)

@@ -58,7 +58,6 @@ class DitBackbone(Backbone):
             )
         return self.model(**batch)
 
-    @torch.no_grad()
     def observe(self, batch: Any, depths: Sequence[int]) -> Observed:
         """Return the states at `depths` and at the end, one row per token; `sample` says of which image it is."""
         with paused(self.model), self.chain().capture([*depths, self.depth]) as kept:

@@ -87,10 +87,11 @@ def direct_is_exact(decoder: Decoder) -> bool:
         full = decoder.model(input_ids=ids, use_cache=False).logits
         direct = Direct(decoder, WindowCache([GrowingLayer() for _ in decoder.blocks]))
         parts = []
-        for at in (slice(0, 3), slice(3, 5), slice(5, 6)):
-            state = direct.window(ids[:, at], 0, 1, None, place)
-            parts.append(direct.window(ids[:, at], 1, decoder.depth, state, place))
-        logits = decoder.context().readout(torch.cat(parts, 1))
+        with direct.running():
+            for at in (slice(0, 3), slice(3, 5), slice(5, 6)):
+                state = direct.window(ids[:, at], 0, 1, None, place)
+                parts.append(direct.window(ids[:, at], 1, decoder.depth, state, place))
+            logits = decoder.context().readout(torch.cat(parts, 1))
     except (Unfit, LookupError, RuntimeError, TypeError):
         return False
     low = full.dtype in (torch.float16, torch.bfloat16)

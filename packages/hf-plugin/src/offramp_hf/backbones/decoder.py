@@ -214,7 +214,7 @@ class Decoder(Backbone):
         self, inputs: dict[str, Tensor], keep: Tensor, position: Tensor, targets: Tensor | None, depths: Sequence[int]
     ) -> Observed:
         """Run the full model and return the tokens of `keep` [batch, token] as rows."""
-        with torch.no_grad(), self._chain.capture([*depths, self.depth]) as states:
+        with self._chain.capture([*depths, self.depth]) as states:
             self.model(**inputs, use_cache=False, **self._cheap_logits())
         sample = torch.arange(len(keep), device=keep.device)[:, None].expand_as(keep)
         return Observed(

@@ -158,7 +158,7 @@ class Encoder(Backbone):
         labels = inputs.pop("labels", None)
         if labels is not None and (labels.is_floating_point() or labels.dim() != 1 or self._context.classes < 2):
             labels = None
-        with torch.no_grad(), self._chain.capture([*depths, self.depth]) as states:
+        with self._chain.capture([*depths, self.depth]) as states:
             self.model(**inputs)
         mask = inputs.get("attention_mask")
         final = self.pool(states[self.depth], mask)

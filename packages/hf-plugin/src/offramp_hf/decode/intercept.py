@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -157,7 +156,7 @@ class Call:
         driver = (Verified if run.options.verify else Early)(
             run, rows, chooser, runner, cache, mask if padded else None
         )
-        with torch.inference_mode() if runner.inference else nullcontext():
+        with runner.running():
             driver.generate()
             if wanted:
                 driver.leave()

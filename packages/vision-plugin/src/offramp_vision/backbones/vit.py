@@ -51,7 +51,6 @@ class VitBackbone(Backbone):
         """Run the model on a tensor of images, or on those of (images, labels) or of a mapping."""
         return self.model(_split(batch)[0])
 
-    @torch.no_grad()
     def observe(self, batch: Any, depths: Sequence[int]) -> Observed:
         """Return the pooled states of each image at `depths` and at the end, and the labels if the batch has some."""
         images, labels = _split(batch)

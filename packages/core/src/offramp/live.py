@@ -1,0 +1,83 @@
+"""Rows for training a model together with its exits: the model runs on one batch per step, with gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.attach import Exits
+from offramp.backbone import Observed
+from offramp.blocks import Call, state_of, with_state
+from offramp.errors import BadArgument
+from offramp.record import batches, evaluating
+
+
+class Live:
+    """Observations with gradients, endlessly; a tensor or mapping of tensors is shuffled anew each time round.
+
+    data: as for `fit`; the first batch, as it comes, is what `agreement` is measured on. layer_dropout: rate of the
+    last block; block l of L has rate * (2^(l / (L - 1)) - 1), drawn per sample (arXiv 2404.16710).
+    """
+
+    def __init__(self, exits: Exits, data: Any, batch_size: int, seed: int, layer_dropout: float) -> None:
+        self.exits, self.data, self.batch_size = exits, data, batch_size
+        self.generator = torch.Generator().manual_seed(seed)
+        depth = exits.backbone.depth
+        self.rates = [layer_dropout * (2 ** (i / max(1, depth - 1)) - 1) for i in range(depth)]
+        first = next(iter(batches(data, batch_size)), None)
+        if first is None:
+            raise BadArgument("the data holds no rows; give at least one batch")
+        self.first = first
+
+    def __iter__(self) -> Iterator[Observed]:
+        seen, before = 0, -1
+        while seen > before:  # an iterator that is used up yields nothing the second time
+            before = seen
+            for batch in batches(self._shuffled(), self.batch_size):
+                yield self.observe(batch)
+                seen += 1
+        raise BadArgument(f"the data ended after {seen} batches; give an iterable that can be gone through again")
+
+    def _shuffled(self) -> Any:
+        tensors = self.data.values() if isinstance(self.data, Mapping) else [self.data]
+        sizes = [len(t) for t in tensors if isinstance(t, Tensor)]
+        if not sizes:
+            return self.data
+        order = torch.randperm(sizes[0], generator=self.generator)
+        if isinstance(self.data, Tensor):
+            return self.data[order]
+        return {k: v[order] if isinstance(v, Tensor) else v for k, v in self.data.items()}
+
+    def observe(self, batch: Any) -> Observed:
+        """Run the model on one batch in train mode, with layer dropout."""
+        model = self.exits.model
+        undo = self.exits.backbone.chain().install(self._block) if any(self.rates) else None
+        model.train()
+        try:
+            return self.exits.backbone.observe(batch, self.exits.at)
+        finally:
+            model.eval()
+            if undo is not None:
+                undo()
+
+    def _block(self, index: int, call: Call) -> Any:
+        output, rate = call.run(), self.rates[index]
+        if not rate:
+            return output
+        state = state_of(output)
+        shape = (state.shape[0], *[1] * (state.dim() - 1))
+        keep = torch.rand(shape, generator=self.generator).to(state.device) >= rate
+        return with_state(output, torch.where(keep, state, call.hidden))
+
+    @torch.no_grad()
+    def agreement(self) -> dict[int, float]:
+        """Return on which share of the first batch's rows each exit says what the full model says."""
+        with evaluating(self.exits.model):
+            seen = self.exits.backbone.observe(self.first, self.exits.at)
+            best = self.exits.backbone.context().readout(seen.final).argmax(-1)
+            answers = {d: self.exits[d](h).argmax(-1) for d, h in zip(self.exits.at, seen.hidden, strict=True)}
+        return {d: float((a == best).double().mean()) if len(best) else math.nan for d, a in answers.items()}
