@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from offramp._registry import policy_from
 from offramp.calibrator import Certificate
@@ -17,11 +19,15 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Calibration:
-    """A policy with its thresholds; `certificate` is None when nothing is promised ("uncertified")."""
+    """A policy with its thresholds; `certificate` is None when nothing is promised ("uncertified").
+
+    options: how the policy was run when the promise was measured (`kv`, ...); `enable` runs it so unless told not to.
+    """
 
     policy: ExitPolicy
     certificate: Certificate | None = None
     note: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def save(self, path: str | Path) -> None:
         """Write one JSON file, atomically."""
@@ -30,6 +36,7 @@ class Calibration:
             "policy": self.policy.config(),
             "certificate": None if self.certificate is None else asdict(self.certificate),
             "note": self.note,
+            "options": dict(self.options),
         }
         write_text(Path(path), json.dumps(body, indent=2))
 
@@ -42,4 +49,7 @@ class Calibration:
             certificate = None if raw is None else Certificate(**{**raw, "order": tuple(raw["order"])})
         except (TypeError, KeyError) as error:
             raise DamagedFile(f"{path}: its certificate is not complete ({error})") from error
-        return cls(policy_from(body["policy"]), certificate, body.get("note", ""))
+        options = body.get("options", {})  # files written before there were any have none
+        if not isinstance(options, dict):
+            raise DamagedFile(f"{path}: options is {options!r}, not a dict")
+        return cls(policy_from(body["policy"]), certificate, body.get("note", ""), options)

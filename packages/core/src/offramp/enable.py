@@ -191,20 +191,30 @@ def enable(model: nn.Module, policy: str | ExitPolicy | Calibration | None = Non
         return _enable_flag(model, options)
     exits = find(model)
     chosen = {k: options.pop(k) for k in OPTIONS if k in options}
+    if isinstance(policy, Calibration):
+        chosen = {**policy.options, **chosen}
     run = Run(exits, make_policy(policy, exits.at, **options), Options(**chosen))
     if isinstance(policy, Calibration) and policy.certificate is not None:
-        _check_promise(exits, policy.certificate)
+        _check_promise(exits, policy, policy.certificate, chosen)
     return _start(run)
 
 
-def _check_promise(exits: Exits, certificate: Certificate) -> None:
-    """Warn when a certificate was made on other weights than these: its promise does not cover them."""
+def _check_promise(exits: Exits, calibration: Calibration, certificate: Certificate, chosen: Mapping[str, Any]) -> None:
+    """Warn when a certificate was made on other weights, or running otherwise, than now: its promise does not hold."""
     from offramp.record import fingerprint
 
     if certificate.model_hash not in ("", fingerprint(exits)):
         warnings.warn(
             "this calibration was made with other weights (model or heads): its certificate does not hold for this "
             "model; record a trace with it and calibrate again",
+            UserWarning,
+            stacklevel=3,
+        )
+    odd = {k: v for k, v in calibration.options.items() if chosen[k] != v}
+    if odd:
+        warnings.warn(
+            f"this calibration was made with {odd}: its certificate does not hold for other options; leave them out, "
+            f"or record with them and calibrate again",
             UserWarning,
             stacklevel=3,
         )

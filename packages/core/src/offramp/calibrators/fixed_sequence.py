@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,29 +31,63 @@ class FixedSequence(Calibrator):
     def fit(self, trace: Trace, policy: ExitPolicy, *, alpha: float, delta: float, risk: str) -> Calibration:
         """Return the certified policy, or `never` without a certificate and a note that says why."""
         ladder = policy.ladder(trace.depths[:-1], trace.classes)
-        best: tuple[ExitPolicy, float] | None = None
-        found, p = None, 1.0
-        for rung in ladder:
-            found = losses(trace, exit_columns(trace, rung), risk)
-            p = _p_value(found, find_risk(risk).binary, alpha)
-            if not p <= delta:
-                break
-            best = rung, p
-        if found is None or best is None:
-            note = _why(found, p, risk, alpha, delta)
-            return Calibration(create(ExitPolicy, "never"), None, note)
-        certificate = Certificate(
-            risk=risk,
-            alpha=float(alpha),
-            delta=float(delta),
-            n=len(found),
-            p_value=best[1],
-            test="binomial" if find_risk(risk).binary else "hoeffding_bentkus",
-            order=settings(ladder),
-            data_hash=trace.data_hash,
-            model_hash=trace.model_hash,
+        table = (losses(trace, exit_columns(trace, rung), risk) for rung in ladder)
+        promise = Promise(risk, find_risk(risk).binary, alpha, delta, trace.data_hash, trace.model_hash)
+        return walk(ladder, table, promise)
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What a walk is to promise: fields as in `Certificate`; binary: whether losses are only ever 0 or 1."""
+
+    risk: str
+    binary: bool
+    alpha: float
+    delta: float
+    data_hash: str
+    model_hash: str
+
+    def p_value(self, mean: float, n: int) -> float:
+        """Return the p-value of "the risk is above alpha" for n losses with this mean."""
+        return (
+            binomial_p(math.ceil(mean * n - 1e-9), n, self.alpha)
+            if self.binary
+            else hoeffding_bentkus_p(mean, n, self.alpha)
         )
-        return Calibration(best[0], certificate)
+
+
+def walk(ladder: Sequence[ExitPolicy], table: Iterable[Losses], promise: Promise) -> Calibration:
+    """Return the boldest rung of `ladder` before the first p-value above delta, certified; `never` when none passes.
+
+    table: for each rung from the safest on, one loss [n] in [0, 1] per independent row; it may end before the ladder
+    does, where nothing bolder was measured, and is read no further than the walk goes. Raises `BadArgument` without
+    rows.
+    """
+    best: tuple[ExitPolicy, float] | None = None
+    found, p = None, 1.0
+    for rung, found in zip(ladder, table, strict=False):
+        if not len(found):
+            raise BadArgument(
+                "no row of the trace has a label, so this risk cannot be measured; record data with labels"
+            )
+        p = promise.p_value(float(found.mean()), len(found))
+        if not p <= promise.delta:
+            break
+        best = rung, p
+    if found is None or best is None:
+        return Calibration(create(ExitPolicy, "never"), None, _why(found, p, promise))
+    certificate = Certificate(
+        risk=promise.risk,
+        alpha=float(promise.alpha),
+        delta=float(promise.delta),
+        n=len(found),
+        p_value=best[1],
+        test="binomial" if promise.binary else "hoeffding_bentkus",
+        order=settings(ladder),
+        data_hash=promise.data_hash,
+        model_hash=promise.model_hash,
+    )
+    return Calibration(best[0], certificate)
 
 
 def settings(ladder: Sequence[ExitPolicy]) -> tuple[Any, ...]:
@@ -70,33 +104,28 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _p_value(found: Losses, binary: bool, alpha: float) -> float:
-    n = len(found)
-    if n == 0:
-        raise BadArgument("no row of the trace has a label, so this risk cannot be measured; record data with labels")
-    return binomial_p(round(found.sum()), n, alpha) if binary else hoeffding_bentkus_p(float(found.mean()), n, alpha)
-
-
-def _why(found: Losses | None, p: float, risk: str, alpha: float, delta: float) -> str:
+def _why(found: Losses | None, p: float, promise: Promise) -> str:
     if found is None:
         return "uncertified: the policy offers no threshold to try"
+    alpha, delta = promise.alpha, promise.delta
     least, n, mean = rows_needed(alpha, delta), len(found), float(found.mean())
-    said = f"uncertified: at the safest setting {risk} was {mean:.4g} on {n} rows (p = {p:.3g}, needed <= {delta:g}). "
+    said = (
+        f"uncertified: at the safest setting {promise.risk} was {mean:.4g} on {n} rows (p = {p:.3g}, "
+        f"needed <= {delta:g}). "
+    )
     if n < least:
         return said + f"At least {least} rows are needed even without a single loss; record more."
     if mean >= alpha:
         return (
             said + f"That is not below alpha = {alpha:g}, so more rows would not help: raise alpha or fit better heads."
         )
-    return said + f"About {_enough(mean, n, risk, alpha, delta)} rows would do at this risk; record more."
+    return said + f"About {_enough(mean, n, promise)} rows would do at this risk; record more."
 
 
-def _enough(mean: float, n: int, risk: str, alpha: float, delta: float) -> int:
+def _enough(mean: float, n: int, promise: Promise) -> int:
     """Return about how many rows certify a mean loss below alpha: the first of n, 1.1 n, 1.21 n, ... that does."""
-    test = find_risk(risk)
     for _ in range(200):  # 1.1^200 = 2e8 times as many: nobody records more
-        p = binomial_p(math.ceil(mean * n), n, alpha) if test.binary else hoeffding_bentkus_p(mean, n, alpha)
-        if p <= delta:
+        if promise.p_value(mean, n) <= promise.delta:
             break
         n = math.ceil(1.1 * n)
     return n

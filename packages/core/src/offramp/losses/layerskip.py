@@ -12,8 +12,7 @@ from torch.nn import functional
 
 from offramp._registry import register
 from offramp.errors import BadArgument
-from offramp.loss import WEIGHTINGS, Loss, weigh
-from offramp.losses.labels import IGNORE
+from offramp.loss import IGNORE, WEIGHTINGS, Loss, weigh
 
 CURRICULA = ("rotational", "gradual", "none")
 
