@@ -136,7 +136,7 @@ def examples():
 @pytest.mark.parametrize("policy", examples())
 @torch.no_grad()
 def test_a_batch_decides_as_its_rows_alone_do(policy, model, x):
-    exits = offramp.attach(model, AT)
+    exits = offramp.attach(model, AT, gate="linear")
     run = offramp.enable(model, policy)
     if policy.config()["policy"] == "decaying":
         with pytest.raises(BadArgument, match="needs the position"):

@@ -16,30 +16,51 @@ from offramp._plugins import adapt, plugins
 from offramp._registry import lookup
 from offramp.backbone import Backbone
 from offramp.errors import BadArgument, DamagedFile, NotAttached, check_options
+from offramp.gate import LinearGate, build_gate
 from offramp.head import ExitHead
 
 #: where the heads live on the model, so that `.to()`, optimisers and PEFT see them, and where the record of them lives
 MODULE, RECORD = "exits", "_offramp_exits"
+#: where the gate lives among the heads
+GATE = "gate"
 
 
 class Exits:
     """The heads attached to one model; a context manager that detaches on leaving."""
 
     def __init__(
-        self, model: nn.Module, backbone: Backbone, at: Sequence[int], head: str, config: dict[str, Any]
+        self,
+        model: nn.Module,
+        backbone: Backbone,
+        at: Sequence[int],
+        head: str,
+        config: dict[str, Any],
+        gate: str | None = None,
     ) -> None:
         self.model, self.backbone, self.head, self.config = model, backbone, head, dict(config)
+        #: name of the gate that all exits share, or None
+        self.gate = gate
         #: depths of the exits, shallow first
         self.at: tuple[int, ...] = tuple(at)
         self._undo: Callable[[], None] | None = None
 
     @property
     def modules(self) -> nn.ModuleDict:
-        """The heads by depth, as they stand on the model."""
+        """The heads by depth, and the gate if there is one, as they stand on the model."""
         found = self.model.__dict__["_modules"].get(MODULE)
         if self.model.__dict__.get(RECORD) is not self or found is None:
             raise NotAttached("these exits are detached; attach again: offramp.attach(model, at=[...])")
         return found  # type: ignore[no-any-return]
+
+    @property
+    def gate_module(self) -> LinearGate:
+        """The gate that all exits share; raises `NotAttached` with the line to write when there is none."""
+        if self.gate is None:
+            raise NotAttached(
+                f"these exits have no gate; attach one: offramp.attach(model, at={list(self.at)}, head={self.head!r}, "
+                f'gate="linear"), and train it: offramp.fit(model, data, loss="gate")'
+            )
+        return self.modules[GATE]  # type: ignore[return-value]
 
     def __getitem__(self, depth: int) -> ExitHead:
         """Return the head at `depth`; raises `BadArgument` naming the depths that have one."""
@@ -54,7 +75,8 @@ class Exits:
         return len(self.at)
 
     def __repr__(self) -> str:
-        return f"Exits({type(self.model).__name__}, at={list(self.at)}, head={self.head!r})"
+        gate = "" if self.gate is None else f", gate={self.gate!r}"
+        return f"Exits({type(self.model).__name__}, at={list(self.at)}, head={self.head!r}{gate})"
 
     def save(self, directory: str | Path) -> None:
         """Write the exits directory: `exits.json`, weights in safetensors, and a PEFT adapter for LoRA heads."""
@@ -102,11 +124,19 @@ def depths_from(at: int | float | Sequence[int | float], depth: int) -> tuple[in
     return tuple(sorted(found))
 
 
-def attach(model: nn.Module, at: int | float | Sequence[int | float], head: str = "tied", **config: Any) -> Exits:
+def attach(
+    model: nn.Module,
+    at: int | float | Sequence[int | float],
+    head: str = "tied",
+    *,
+    gate: str | None = None,
+    **config: Any,
+) -> Exits:
     """Attach one head per tap; the base weights are untouched and nothing is enabled.
 
     at: depths (1 .. depth-1) or fractions of the depth. head: a name of `offramp.names(offramp.ExitHead)`; config:
-    its options. Heads live at `model.exits`. Raises `UnsupportedModel`, `BadArgument`, `UnknownName`, `NotAttached`
+    its options. gate: "linear" for a gate that all exits share (policy "gate", trained by `fit` with loss="gate").
+    Heads and gate live at `model.exits`. Raises `UnsupportedModel`, `BadArgument`, `UnknownName`, `NotAttached`
     (already attached) and leaves the model unchanged then.
     """
     if RECORD in model.__dict__:
@@ -124,24 +154,27 @@ def attach(model: nn.Module, at: int | float | Sequence[int | float], head: str 
     known = [n for n in inspect.signature(cls.build).parameters if n not in ("tap", "base")]
     check_options(config, known, f"head {head!r}")
     context, taps = backbone.context(), backbone.taps()
+    opener = None if gate is None else build_gate(gate, context.width)
     heads = nn.ModuleDict({str(k): cls.build(taps[k - 1], context, **config) for k in depths})
     heads.train(model.training)
     _like(heads, model)
-    exits = Exits(model, backbone, depths, head, config)
+    exits = Exits(model, backbone, depths, head, config, gate)
     model.add_module(MODULE, heads)
     model.__dict__[RECORD] = exits
     try:
         exits._undo = cls.attached(exits)
+        if opener is not None:  # after the heads' own doings: whatever wraps them (PEFT) has no business with it
+            heads[GATE] = _like(opener.train(model.training), model)
     except BaseException:
         exits.detach()
         raise
     return exits
 
 
-def _like(heads: nn.ModuleDict, model: nn.Module) -> None:
+def _like(made: nn.Module, model: nn.Module) -> nn.Module:
     """Move freshly made weights to the model's device and floating type."""
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    heads.to(device=first.device, dtype=first.dtype)
+    return made.to(device=first.device, dtype=first.dtype)
 
 
 def find(model: nn.Module) -> Exits:
@@ -167,7 +200,7 @@ def load(model: nn.Module, source: str | Path) -> Exits:
     body = checkpoint.read_index(folder)
     if RECORD not in model.__dict__:
         checkpoint.check_model(body, adapt(model).fingerprint(), folder)
-    exits = attach(model, body["at"], body["head"], **body["config"])
+    exits = attach(model, body["at"], body["head"], gate=body.get("gate"), **body["config"])
     try:
         checkpoint.restore(exits, folder)
     except BaseException:

@@ -89,9 +89,11 @@ def sha256(data: bytes) -> str:
 
 
 def _own(exits: Exits) -> dict[str, Tensor]:
-    """Return the heads' weights that belong into `exits.safetensors`, by depth and name."""
+    """Return the weights of heads and gate that belong into `exits.safetensors`, by depth and name."""
     heads = {depth: exits[depth] for depth in exits.at}
-    return {f"{d}.{k}": v for d, h in heads.items() for k, v in h.own_state().items() if not k.startswith(h.extra)}
+    own = {f"{d}.{k}": v for d, h in heads.items() for k, v in h.own_state().items() if not k.startswith(h.extra)}
+    gate = {} if exits.gate is None else exits.gate_module.state_dict(keep_vars=True)
+    return own | {f"gate.{k}": v for k, v in gate.items()}
 
 
 def save(exits: Exits, directory: str | Path) -> None:
@@ -106,6 +108,7 @@ def save(exits: Exits, directory: str | Path) -> None:
         "at": list(exits.at),
         "head": exits.head,
         "config": exits.config,
+        **({} if exits.gate is None else {"gate": exits.gate}),
         "model": exits.backbone.fingerprint(),
         "sha256": {name: sha256(read_bytes(folder / name)) for name in files},
     }
@@ -119,6 +122,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     for key, kind in kinds.items():
         if not isinstance(body[key], kind):
             raise DamagedFile(f"{folder / INDEX}: {key} is {body[key]!r}, not a {kind.__name__}")
+    if not isinstance(body.get("gate"), str | None):
+        raise DamagedFile(f"{folder / INDEX}: gate is {body['gate']!r}, not a name")
     if WEIGHTS not in body["sha256"]:
         raise DamagedFile(f"{folder / INDEX} does not name {WEIGHTS} with its sha256")
     for name in body["sha256"]:

@@ -107,6 +107,8 @@ class Run:
     def __init__(self, exits: Exits, policy: ExitPolicy, options: Options) -> None:
         self.exits, self.policy, self.options = exits, policy, options
         self.model, self.backbone = exits.model, exits.backbone
+        if "gate" in policy.statistics():
+            exits.gate_module  # noqa: B018  raises with the line to write when there is none
         self.stats = Stats()
         self.paused = False
         #: what a decoding driver remembers between calls (e.g. how often drafts were accepted)

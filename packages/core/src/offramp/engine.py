@@ -34,6 +34,8 @@ def look(
     stats = confidence(prediction, needs) if prediction is not None else {}
     if "cosine" in needs and previous is not None:
         stats["cosine"] = cosine(hidden, previous)
+    if "gate" in needs:
+        stats["gate"] = run.exits.gate_module(hidden)
     classes = 0 if prediction is None else prediction.shape[-1]
     last = index == len(depths) - 1
     return Evidence(index, depth, index == 0, last, hidden, prediction, classes, position, stats)

@@ -52,7 +52,7 @@ def fit(
     weight_decay: float = 0.0,
     **options: Any,
 ) -> FitReport:
-    """Train all heads together on `data`, with the backbone frozen unless asked; returns a `FitReport`.
+    """Train all heads together on `data` (the gate for loss="gate"), with the backbone frozen unless asked.
 
     data: as the model takes it (labels only for loss="labels"); batch_size: rows of the model's own input per
     forward; rows: samples (tokens) per step; lr: AdamW's, cosine to zero with 5 % warm-up; options: the loss's
@@ -68,7 +68,7 @@ def fit(
     objective: Loss = create(Loss, loss, **options) if isinstance(loss, str) else loss
     started = time.perf_counter()
     grads = {p: p.requires_grad for p in model.parameters()}
-    wanted = everything(exits) if backbone else trainable(exits)
+    wanted = wanted_by(objective, exits, backbone)
     if not wanted:
         raise BadArgument(
             f"head {exits.head!r} has no weights of its own to train here; use head='translator', or backbone=True"
@@ -94,9 +94,20 @@ def fit(
     return report
 
 
+def wanted_by(objective: Loss, exits: Exits, backbone: bool) -> list[nn.Parameter]:
+    """Return the parameters that a loss trains; raises `BadArgument`, or `NotAttached` for a gate that is not there."""
+    if objective.trains != "gate":
+        return everything(exits) if backbone else trainable(exits)
+    if backbone:
+        raise BadArgument('loss "gate" trains the gate of a frozen model; leave backbone=True out')
+    return list(exits.gate_module.parameters())
+
+
 def trainable(exits: Exits) -> list[nn.Parameter]:
-    """Return the heads' own parameters: not those shared with the backbone, nor base weights under LoRA."""
+    """Return the heads' own parameters: not those shared with the backbone, nor base weights under LoRA, nor the gate.
+    """
     base = {id(p) for name, p in exits.model.named_parameters(remove_duplicate=False) if not name.startswith("exits.")}
+    base |= {id(p) for p in exits.gate_module.parameters()} if exits.gate is not None else set()
     return [p for name, p in exits.modules.named_parameters() if id(p) not in base and ".base_layer." not in name]
 
 
@@ -129,7 +140,11 @@ def _train(
             answers = [exits[exits.at[i]](seen.hidden[i]) for i in active]
             with torch.set_grad_enabled(seen.final.requires_grad):
                 final = exits.backbone.context().readout(seen.final)
-            value = objective(answers, final, seen.targets, active, len(exits))
+            targets = seen.targets
+            if objective.trains == "gate":
+                targets = torch.stack([a.argmax(-1) == final.argmax(-1) for a in answers], 1)
+                answers = [exits.gate_module.log_odds(seen.hidden[i]).unsqueeze(-1) for i in active]
+            value = objective(answers, final, targets, active, len(exits))
             optimizer.zero_grad()
             value.backward()
             torch.nn.utils.clip_grad_norm_(wanted, 1.0)

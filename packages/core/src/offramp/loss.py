@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,9 @@ class Loss(ABC):
     """A training objective over per-exit predictions; a frozen dataclass, registered under its file's name."""
 
     weighting: str
+    #: "heads", with the backbone where `fit` is asked to; or "gate": predictions are then the gate's log-odds [rows, 1]
+    #: and targets bool [rows, exits], whether the exit agrees with the full model
+    trains: ClassVar[str] = "heads"
 
     def active(self, step: int, steps: int, count: int) -> Sequence[int]:
         """Return which of `count` exits take part in training step `step` of `steps`; all, unless a loss takes turns.

@@ -72,7 +72,7 @@ class ExitPolicy(ABC):
     has no weights and never looks across rows.
     """
 
-    #: statistics to compute for this policy: top1, margin, entropy, label, cosine; "prediction" asks for the logits
+    #: statistics to compute for this policy: top1, margin, entropy, label, cosine, gate; "prediction" asks for logits
     needs: ClassVar[frozenset[str]] = frozenset()
     #: "up": raising the threshold is safer and slower; "down": lowering it is; "" for policies without a threshold
     safer: ClassVar[str] = ""

@@ -105,6 +105,9 @@ def _one(exits: Exits, batch: Any, per_row: int | None, generator: torch.Generat
     near = [torch.full((len(final),), float("nan"), device=final.device)]
     near += [cosine(b, a) for a, b in zip(chain[:-1], chain[1:], strict=True)]
     one["cosine"] = torch.stack(near, 1).cpu()
+    if exits.gate is not None:  # the full model agrees with itself
+        gates = [exits.gate_module(h) for h in states]
+        one["gate"] = torch.stack([*gates, torch.ones_like(gates[0])], 1).cpu()
     if seen.position is not None:
         one["position"] = cut(seen.position).cpu()
     if seen.targets is not None:
@@ -137,7 +140,7 @@ def _join(exits: Exits, parts: list[dict[str, Tensor]]) -> Trace:
     return Trace(
         depths=depths,
         costs=torch.tensor([float(d) for d in depths]),
-        stats={k: whole[k] for k in ("top1", "margin", "entropy", "cosine")},
+        stats={k: whole[k] for k in ("top1", "margin", "entropy", "cosine", "gate") if k in whole},
         label=whole["label"],
         targets=whole.get("targets"),
         position=whole.get("position"),

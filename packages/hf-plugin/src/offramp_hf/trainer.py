@@ -42,6 +42,8 @@ class ExitTraining(nn.Module):
         self.model = model
         self.__dict__["exits"] = exits
         self.objective: Loss = create(Loss, loss, **options) if isinstance(loss, str) else loss
+        if self.objective.trains != "heads":
+            raise BadArgument('the Trainer trains heads; for the gate: offramp.fit(model, data, loss="gate")')
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # what accelerate's FSDP shards as a unit
         self._takes = set(inspect.signature(model.forward).parameters) | {"labels"}
 

@@ -54,6 +54,7 @@ def random_evidence(depths: Sequence[int], classes: int, rows: int, seed: int = 
         stats = confidence(logits, {"top1", "margin", "entropy", "label"})
         if index:
             stats["cosine"] = cosine(hidden, previous)
+        stats["gate"] = hidden[:, 0].sigmoid()
         previous, last = hidden, index == len(depths) - 1
         position = torch.arange(rows)
         out.append(Evidence(index, depth, index == 0, last, hidden, logits, classes, position, stats))

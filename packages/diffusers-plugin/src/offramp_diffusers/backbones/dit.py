@@ -20,6 +20,8 @@ from offramp.policy import ExitPolicy
 from offramp.record import evaluating
 from offramp_diffusers.heads.passthrough import Passthrough
 
+#: statistics of a prediction, and what is trained on them
+NOT_HERE = LOGITS | {"gate"}
 #: tokens of text that the probe brings along, and where a config says how wide they are
 TEXT, TEXT_WIDTH = 3, ("caption_channels", "joint_attention_dim", "cross_attention_dim")
 
@@ -77,7 +79,7 @@ class DitBackbone(Backbone):
                 f"heads {run.exits.head!r} would not be used: at an exit of {kind} the model's own output layers read "
                 f'the state; attach with head="passthrough"'
             )
-        if looks := sorted(run.policy.statistics() & LOGITS):
+        if looks := sorted(run.policy.statistics() & NOT_HERE):
             raise BadArgument(
                 f"{type(run.policy).__name__} looks at {', '.join(looks)} of a prediction, and an exit of {kind} has "
                 f"none: it hands the state to the model's own output layers. Policies that work here: "
@@ -119,7 +121,7 @@ def _fitting(run: Run) -> list[str]:
             example = lookup(ExitPolicy, name).example(run.exits.at, 0)
         except (BadArgument, TypeError):  # a third party's policy that cannot be made from nothing
             continue
-        if not example.statistics() & LOGITS:
+        if not example.statistics() & NOT_HERE:
             found.append(name)
     return found
 

@@ -268,9 +268,11 @@ def untie(exits: Exits) -> Exits:
     if any(type(exits[d].proj.base_layer.source) is not nn.Linear for d in exits.at):  # type: ignore[union-attr]
         raise BadArgument("untie needs a plain nn.Linear unembedding; detach adapters from it first")
     deltas = {d: exits[d].proj.get_delta_weight(ADAPTER) for d in exits.at}  # type: ignore[union-attr, operator]
-    model = exits.model
+    model, gate = exits.model, exits.gate and exits.gate_module
     exits.detach()
-    own = offramp.attach(model, at=list(exits.at), head="linear")
+    own = offramp.attach(model, at=list(exits.at), head="linear", gate=exits.gate)
+    if gate:
+        own.gate_module.load_state_dict(gate.state_dict())
     for depth in own:
         head: Any = own[depth]
         head.exit_norm.load_state_dict(norms[depth])
