@@ -204,4 +204,4 @@ def test_stats_reset_in_place(model, exits, x):
 
 
 def test_options_are_those_of_the_public_surface():
-    assert set(OPTIONS) == {"verify", "draft", "kv", "strict"}
+    assert set(OPTIONS) == {"verify", "draft", "kv", "strict", "rollback"}

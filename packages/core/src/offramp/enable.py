@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -79,14 +80,19 @@ class Stats:
 @dataclass(frozen=True)
 class Options:
     """How a policy is run. verify: draft and check (lossless); draft: longest draft, or None to let it adapt; kv: what
-    supplies deeper keys and values when not verifying; strict: raise instead of falling back to the full model."""
+    supplies deeper keys and values when not verifying; strict: raise instead of falling back to the full model;
+    rollback: surprise in nats above which an early token is taken back once the deep blocks have seen it
+    (kv="catch_up", one row; arXiv 2310.05424)."""
 
     verify: bool = False
     draft: int | None = None
     kv: str = "catch_up"
     strict: bool = False
+    rollback: float | None = None
 
     def __post_init__(self) -> None:
+        if self.rollback is not None:
+            self._check_rollback(self.rollback)
         for name in ("verify", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise BadArgument(f"{name}={getattr(self, name)!r} must be True or False")
@@ -96,6 +102,15 @@ class Options:
             isinstance(self.draft, bool) or not isinstance(self.draft, int) or self.draft < 1
         ):
             raise BadArgument(f"draft={self.draft!r} must be a positive number of tokens, or None to adapt")
+
+    def _check_rollback(self, nats: Any) -> None:
+        if isinstance(nats, bool) or not isinstance(nats, (int, float)) or not 0 < nats < math.inf:
+            raise BadArgument(f"rollback={nats!r} must be a number of nats above 0, or None to keep every token")
+        if self.verify or self.kv != "catch_up":
+            raise BadArgument(
+                f'rollback={nats} takes back what the deep blocks see later, which is kv="catch_up" without verify; '
+                f"this is kv={self.kv!r}, verify={self.verify}"
+            )
 
 
 OPTIONS = tuple(f.name for f in fields(Options))
@@ -184,8 +199,8 @@ def enable(model: nn.Module, policy: str | ExitPolicy | Calibration | None = Non
     policy: a name of `offramp.names(offramp.ExitPolicy)` with its options (`threshold=0.9`), a policy object, a
     `Calibration`, or None for the `early_exit` dict of the model's own config. verify=True: every early token is
     checked by the deep blocks (lossless); draft: longest draft; kv: "catch_up" or "propagate" without verify;
-    strict=True: raise where the full model would be used instead. Raises `NotAttached`, `BadArgument`, `UnknownName`;
-    changes nothing then.
+    rollback: see `Options`; strict=True: raise where the full model would be used instead. Raises `NotAttached`,
+    `BadArgument`, `UnknownName`; changes nothing then.
     """
     if RUN in model.__dict__:
         raise NotAttached("a policy is already enabled on this model; first: run.disable()")

@@ -57,12 +57,16 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Feedback:
-    """What became known later: `accepted` and `drafted` [rows] after verification, or `correct` [rows]."""
+    """What became known later: `accepted` and `drafted` [rows] after verification, or `correct` [rows].
+
+    With `correct` come, in `stats`, the statistics [rows] that the policy saw when it stopped them at exit `index`.
+    """
 
     index: int
     accepted: Tensor | None = None
     drafted: Tensor | None = None
     correct: Tensor | None = None
+    stats: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class ExitPolicy(ABC):
@@ -88,6 +92,10 @@ class ExitPolicy(ABC):
     @abstractmethod
     def step(self, state: State, seen: Evidence) -> tuple[Tensor, State]:
         """Return a bool mask [rows] of the rows that stop here, and the new state."""
+
+    def learns(self) -> bool:
+        """Whether `learn` does anything; nobody gathers feedback otherwise."""
+        return type(self).learn is not ExitPolicy.learn
 
     def learn(self, state: State, feedback: Feedback) -> State:
         """Take in verification results or late labels; the default ignores them."""

@@ -218,7 +218,7 @@ def exit_columns(trace: Trace, policy: ExitPolicy) -> Tensor:
     if missing := policy.statistics() - held:
         fix = "offramp.record(model, data, logits=True)" if "prediction" in missing else "offramp.record(model, data)"
         if "gate" in missing:
-            fix = f'offramp.attach(model, at={list(trace.depths[:-1])}, gate="linear"), fit(.., loss="gate"), then {fix}'
+            fix = f'offramp.attach(model, at={list(trace.depths[:-1])}, gate="linear"), fit it with loss="gate", {fix}'
         raise BadArgument(
             f"the trace does not hold {', '.join(sorted(missing))} (it has: {', '.join(sorted(held))}), which "
             f"{type(policy).__name__} looks at; record it again: {fix}"

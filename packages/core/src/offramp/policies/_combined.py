@@ -45,6 +45,10 @@ class Combined(ExitPolicy):
             stop = self.combine(stop, mask)
         return stop, join([new for _, new in steps])
 
+    def learns(self) -> bool:
+        """Whether any of the policies does."""
+        return any(p.learns() for p in self.policies)
+
     def learn(self, state: State, feedback: Feedback) -> State:
         """Let every policy learn."""
         return join([p.learn(part(state, i), feedback) for i, p in enumerate(self.policies)])

@@ -46,6 +46,10 @@ class AtLeast(ExitPolicy):
         stop, state = self.inner.step(state, seen)
         return (stop if seen.depth >= self.depth else torch.zeros_like(stop)), state
 
+    def learns(self) -> bool:
+        """Whether the wrapped policy does."""
+        return self.inner.learns()
+
     def learn(self, state: State, feedback: Feedback) -> State:
         """Let the wrapped policy learn."""
         return self.inner.learn(state, feedback)

@@ -15,7 +15,7 @@ from offramp._registry import create, register
 from offramp.errors import BadArgument
 from offramp.kernels.confidence import PREDICTION, confidence
 from offramp.policies._wrapping import wrapped
-from offramp.policy import Evidence, ExitPolicy, Feedback, State, at_exit
+from offramp.policy import Evidence, ExitPolicy, State, at_exit
 
 
 @register("tempered")
@@ -33,6 +33,11 @@ class Tempered(ExitPolicy):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "inner", wrapped(self.inner, "tempered"))
+        if self.inner.learns():
+            raise BadArgument(
+                f"tempered: {type(self.inner).__name__} learns from statistics at temperature 1; use it by itself: "
+                f"{self.inner.config()}"
+            )
         several = isinstance(self.temperature, (list, tuple))
         values: Any = self.temperature if several else (self.temperature,)
         if not values:
@@ -57,10 +62,6 @@ class Tempered(ExitPolicy):
         cooler = seen.prediction.float() / at_exit(self.temperature, seen.index)
         stats = {**seen.stats, **confidence(cooler, self.inner.statistics() & PREDICTION)}
         return self.inner.step(state, dataclasses.replace(seen, prediction=cooler, stats=stats))
-
-    def learn(self, state: State, feedback: Feedback) -> State:
-        """Let the wrapped policy learn."""
-        return self.inner.learn(state, feedback)
 
     def check(self, depths: Sequence[int]) -> None:
         """Check the wrapped policy, and that there is one temperature per exit."""

@@ -141,8 +141,9 @@ class ToyBackbone(Backbone):
 
     def drive(self, run: Run) -> Undo:
         """Exit inside one forward; generation's options have no meaning here and are refused."""
-        if run.options.verify or run.options.draft is not None:
-            raise BadArgument("verify and draft need a model that generates; ToyModel gives one answer per call")
+        options = run.options
+        if options.verify or options.draft is not None or options.rollback is not None:
+            raise BadArgument("verify and draft need a model that generates, as does rollback; ToyModel does not")
         return SinglePass(run, self.model.head).install()
 
 

@@ -71,7 +71,7 @@ class DitBackbone(Backbone):
     def drive(self, run: Run) -> Undo:
         """Let the state skip the remaining blocks; raises `BadArgument` for what a denoiser cannot do."""
         kind = type(self.model).__name__
-        for name, plain in (("verify", False), ("draft", None), ("kv", "catch_up")):
+        for name, plain in (("verify", False), ("draft", None), ("kv", "catch_up"), ("rollback", None)):
             if (given := getattr(run.options, name)) != plain:
                 raise BadArgument(f"{name}={given!r} is for models that generate tokens; {kind} does not: leave it out")
         if run.exits.head != Passthrough.name:  # type: ignore[attr-defined]

@@ -168,7 +168,7 @@ class Encoder(Backbone):
     def drive(self, run: Run) -> Undo:
         """Let rows leave the batch inside the model's own forward."""
         plain = Options()
-        odd = [f for f in ("verify", "draft", "kv") if getattr(run.options, f) != getattr(plain, f)]
+        odd = [f for f in ("verify", "draft", "kv", "rollback") if getattr(run.options, f) != getattr(plain, f)]
         if odd:
             given = ", ".join(f"{f}={getattr(run.options, f)!r}" for f in odd)
             raise BadArgument(f"{given}: only for models that generate; {self.what} classifies in one forward")

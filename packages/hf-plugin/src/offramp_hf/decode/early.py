@@ -4,11 +4,15 @@ projection.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from offramp.engine import decide
+from offramp.errors import BadArgument
 from offramp_hf.decode.driver import Driver
+from offramp_hf.decode.learning import Learning, Left
 
 
 class Early(Driver):
@@ -17,10 +21,26 @@ class Early(Driver):
     value projections (CALM, arXiv 2207.07061).
     """
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        policy, later = self.run.policy, self.run.options.kv != "propagate"
+        self.learning = Learning(policy, self.run.memory) if policy.learns() and later else None
+        if self.run.options.rollback is not None:
+            self.check_rollback()
+
+    def check_rollback(self) -> None:
+        """Raise `BadArgument` where tokens cannot be taken back."""
+        why = "tokens that were streamed cannot be taken back" if self.rows.streamer is not None else ""
+        why = f"rows would get different lengths (this batch has {self.rows.batch})" if self.rows.batch > 1 else why
+        if why:
+            raise BadArgument(f"rollback={self.run.options.rollback} works for one row without a streamer: {why}")
+
     def generate(self) -> None:
         """Run steps until every row has stopped."""
         while not self.rows.done:
             self.step()
+        if self.learning is not None:
+            self.learning.learn()
 
     def leave(self) -> None:
         """Run what waits, so that every layer holds every token."""
@@ -36,8 +56,7 @@ class Early(Driver):
         state = self.enter(tokens, 0)
         stopped, answer, depths, level = self.exits(state, dead)
         if level is None:
-            final = self.finish()[:, -1]
-            full = self.context.readout(final)
+            full = self.judge(self.finish())
             answer = full if answer is None else torch.where(stopped[:, None], answer, full)
         elif self.run.options.kv == "propagate":
             self.store(level)
@@ -53,7 +72,7 @@ class Early(Driver):
         full).
         """
         policy, batch = self.run.policy, self.rows.batch
-        memory = policy.start(batch, state.device)
+        memory = (self.learning or policy).start(batch, state.device)
         position = self.positions()
         stopped, answer, previous = dead, None, None
         depths = torch.full((batch,), self.depths[-1], device=state.device)
@@ -76,11 +95,43 @@ class Early(Driver):
             if some and made is not None:
                 answer = made if answer is None else torch.where(new[:, None], made, answer)
                 depths = torch.where(new, self.depths[level], depths)
+                if self.learning is not None:
+                    self.learning.waiting.append(Left(level, self.slots, new, seen.stats, made.argmax(-1)))
             if every:
                 return stopped, answer, depths, level
         if self.run.options.kv == "propagate" and batch > 1 and bool(stopped.any()):
             self.climb(self.last - 1, self.last, (stopped, state))
         return stopped, answer, depths, None
+
+    def judge(self, states: Tensor) -> Tensor:
+        """Return the full model's logits [batch, classes] for the next token, from the last states of all that waited.
+
+        The policy learns whether it agreed; an early token that surprises it too much is taken back with all after it,
+        and the next token is then the one in its place.
+        """
+        limit, last = self.run.options.rollback, states.shape[1] - 1
+        if self.learning is None and limit is None:
+            return self.context.readout(states[:, -1])
+        logits = self.context.readout(states)
+        if self.learning is not None:
+            self.learning.told(logits, self.slots - last)
+        if limit is None or not last:
+            return logits[:, last]
+        end = self.rows.length[0]
+        made = self.rows.ids[:, end - last : end]
+        surprise = -logits[:, :last].float().log_softmax(-1).gather(-1, made[..., None])[0, :, 0]
+        odd = (surprise > limit).nonzero()
+        place = int(odd[0]) if len(odd) else last
+        self.take_back(last - place)
+        return logits[:, place]
+
+    def take_back(self, count: int) -> None:
+        """Forget the last `count` tokens, of which all blocks have keys and values. Only for one row."""
+        self.rows.take_back(count)
+        self.slots -= count
+        self.cache.crop_to(self.slots + 1)
+        if self.place.mask is not None:
+            self.place.mask = self.place.mask[:, : self.slots + 1]
 
     def store(self, level: int) -> None:
         """Store keys and values of what waits at `level` in every deeper block."""

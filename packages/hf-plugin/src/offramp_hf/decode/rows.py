@@ -106,6 +106,14 @@ class Rows:
                 self.finished[row] = at + 1
         self.stream()
 
+    def take_back(self, count: int) -> None:
+        """Remove the last `count` tokens of every row; none of them may have met a stopping criterion."""
+        for row in range(self.batch if count else 0):
+            self.length[row] -= count
+            self.ids[row, self.length[row] :] = self.pad
+            for kept in (self.depths[row], self.scores[row], self.logits[row]):
+                del kept[len(kept) - min(count, len(kept)) :]
+
     def stream(self) -> None:
         """Hand every step that all rows have reached to the streamer."""
         if self.streamer is None:

@@ -62,7 +62,7 @@ class VitBackbone(Backbone):
 
     def drive(self, run: Run) -> Undo:
         """Let images leave inside one forward; raises `BadArgument` for options of generation."""
-        for name, plain in (("verify", False), ("draft", None), ("kv", "catch_up")):
+        for name, plain in (("verify", False), ("draft", None), ("kv", "catch_up"), ("rollback", None)):
             if (given := getattr(run.options, name)) != plain:
                 raise BadArgument(
                     f"{name}={given!r} is for models that generate tokens; {type(self.model).__name__} answers once "
