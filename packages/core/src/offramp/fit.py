@@ -17,7 +17,7 @@ from offramp.backbone import Observed
 from offramp.enable import paused
 from offramp.errors import BadArgument
 from offramp.live import Live
-from offramp.loss import Loss
+from offramp.loss import Loss, Moment, Schedule
 from offramp.record import batches, evaluating, track
 
 #: states of the data are kept in memory up to this many bytes; `fit` warns and leaves out the data beyond it
@@ -50,6 +50,7 @@ def fit(
     backbone: bool = False,
     layer_dropout: float = 0.0,
     weight_decay: float = 0.0,
+    weights: Schedule | None = None,
     **options: Any,
 ) -> FitReport:
     """Train all heads together on `data` (the gate for loss="gate"), with the backbone frozen unless asked.
@@ -57,7 +58,8 @@ def fit(
     data: as the model takes it (labels only for loss="labels"); batch_size: rows of the model's own input per
     forward; rows: samples (tokens) per step; lr: AdamW's, cosine to zero with 5 % warm-up; options: the loss's
     (`temperature`, `weighting`, ...). backbone: train the model too, on one batch per step (`rows` has no meaning
-    then); layer_dropout: rate of the last block, per sample, rising with depth (arXiv 2404.16710). Raises
+    then); layer_dropout: rate of the last block, per sample, rising with depth (arXiv 2404.16710); weights: a schedule
+    of the exits' weights, beside the last layer's where the loss has it, else of the whole loss. Raises
     `NotAttached`, `UnknownName`, `BadArgument`. The model's modes and `requires_grad` are put back.
     """
     exits = find(model)
@@ -81,11 +83,12 @@ def fit(
             p.requires_grad_(False)
         with evaluating(model), paused(model):
             if backbone:
-                source: Any = Live(exits, data, batch_size, seed, layer_dropout)
+                taps = objective.taps(exits.at, exits.backbone.depth)
+                source: Any = Live(exits, data, batch_size, seed, layer_dropout, taps)
             else:
                 source = _States(exits, data, batch_size, rows, seed)
             report.before = source.agreement()
-            _train(exits, source, objective, wanted, report, steps, lr, weight_decay, progress)
+            _train(exits, source, objective, wanted, report, steps, lr, weight_decay, weights, progress)
             report.agreement = source.agreement()
     finally:
         for p, flag in grads.items():
@@ -96,6 +99,8 @@ def fit(
 
 def wanted_by(objective: Loss, exits: Exits, backbone: bool) -> list[nn.Parameter]:
     """Return the parameters that a loss trains; raises `BadArgument`, or `NotAttached` for a gate that is not there."""
+    if objective.taps(exits.at, exits.backbone.depth) and not backbone:
+        raise BadArgument(f"{objective} trains states of the model itself; add backbone=True")
     if objective.trains != "gate":
         return everything(exits) if backbone else trainable(exits)
     if backbone:
@@ -125,6 +130,7 @@ def _train(
     steps: int,
     lr: float,
     weight_decay: float,
+    weights: Schedule | None,
     progress: bool,
 ) -> None:
     for p in wanted:
@@ -144,7 +150,9 @@ def _train(
             if objective.trains == "gate":
                 targets = torch.stack([a.argmax(-1) == final.argmax(-1) for a in answers], 1)
                 answers = [exits.gate_module.log_odds(seen.hidden[i]).unsqueeze(-1) for i in active]
-            value = objective(answers, final, targets, active, len(exits))
+            depths = (*(exits.at[i] for i in active), exits.backbone.depth)
+            moment = Moment(1.0 if weights is None else weights.at(step), depths, seen.extra.get("states", {}))
+            value = objective(answers, final, targets, active, len(exits), moment)
             optimizer.zero_grad()
             value.backward()
             torch.nn.utils.clip_grad_norm_(wanted, 1.0)

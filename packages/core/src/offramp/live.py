@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,11 +20,15 @@ class Live:
     """Observations with gradients, endlessly; a tensor or mapping of tensors is shuffled anew each time round.
 
     data: as for `fit`; the first batch, as it comes, is what `agreement` is measured on. layer_dropout: rate of the
-    last block; block l of L has rate * (2^(l / (L - 1)) - 1), drawn per sample (arXiv 2404.16710).
+    last block; block l of L has rate * (2^(l / (L - 1)) - 1), drawn per sample (arXiv 2404.16710). taps: further depths
+    whose states are wanted; then `extra["states"]` holds those of all depths.
     """
 
-    def __init__(self, exits: Exits, data: Any, batch_size: int, seed: int, layer_dropout: float) -> None:
+    def __init__(
+        self, exits: Exits, data: Any, batch_size: int, seed: int, layer_dropout: float, taps: Sequence[int] = ()
+    ) -> None:
         self.exits, self.data, self.batch_size = exits, data, batch_size
+        self.taps = taps
         self.generator = torch.Generator().manual_seed(seed)
         depth = exits.backbone.depth
         self.rates = [layer_dropout * (2 ** (i / max(1, depth - 1)) - 1) for i in range(depth)]
@@ -58,7 +62,13 @@ class Live:
         undo = self.exits.backbone.chain().install(self._block) if any(self.rates) else None
         model.train()
         try:
-            return self.exits.backbone.observe(batch, self.exits.at)
+            depths = sorted({*self.exits.at, *self.taps})
+            seen = self.exits.backbone.observe(batch, depths)
+            states = dict(zip(depths, seen.hidden, strict=True))
+            seen.hidden = [states[d] for d in self.exits.at]
+            if self.taps:
+                seen.extra["states"] = {**states, self.exits.backbone.depth: seen.final}
+            return seen
         finally:
             model.eval()
             if undo is not None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from offramp.errors import UnknownName, did_you_mean
+from offramp.errors import BadArgument, UnknownName, did_you_mean
 
 #: targets with this value are left out, as everywhere in torch and transformers
 IGNORE = -100
@@ -32,6 +34,48 @@ def weigh(losses: Sequence[Tensor], weighting: str) -> Tensor:
     return (stacked * stacked.new_tensor(raw)).sum() / sum(raw)
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """How much exits weigh in the course of training: from `start` to `stop` within `over` steps, then `stop`.
+
+    shape: "linear" or "cosine"; start < stop is a warm-up, start > stop a cool-down. Raises `BadArgument`. Paper:
+    EE-LLM (Chen et al., arXiv 2312.04916).
+    """
+
+    shape: str
+    start: float
+    stop: float
+    over: int
+
+    def __post_init__(self) -> None:
+        if self.shape not in ("linear", "cosine"):
+            raise BadArgument(f'schedule: shape must be "linear" or "cosine", not {self.shape!r}')
+        for name in ("start", "stop"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise BadArgument(f"schedule: {name} must be a weight from 0 on, not {value!r}")
+        if isinstance(self.over, bool) or not isinstance(self.over, int) or self.over < 1:
+            raise BadArgument(f"schedule: over must be a whole number of steps, at least 1, not {self.over!r}")
+
+    def at(self, step: int) -> float:
+        """Return the weight in step `step`, counted from 0."""
+        done = min(1.0, step / self.over)
+        done = done if self.shape == "linear" else 0.5 * (math.cos(math.pi * (done + 1)) + 1)
+        return self.start + (self.stop - self.start) * done
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What else is known in a training step. scale: of the exits' weights, from a `Schedule`; depths: of the exits that
+    take part and of the full model; states: [rows, width] by depth, at the exits, the loss's `taps` and the last block,
+    where a loss has taps.
+    """
+
+    scale: float = 1.0
+    depths: tuple[int, ...] = ()
+    states: Mapping[int, Tensor] = field(default_factory=dict)
+
+
 class Loss(ABC):
     """A training objective over per-exit predictions; a frozen dataclass, registered under its file's name."""
 
@@ -45,6 +89,10 @@ class Loss(ABC):
         """
         return range(count)
 
+    def taps(self, at: Sequence[int], depth: int) -> Sequence[int]:
+        """Return depths beside those of the exits whose states the loss wants; only where the backbone is trained."""
+        return ()
+
     @abstractmethod
     def each(self, predictions: Sequence[Tensor], final: Tensor, targets: Tensor | None) -> list[Tensor]:
         """Return one scalar per exit. predictions: K tensors [rows, classes]; final: the full model's logits."""
@@ -56,8 +104,10 @@ class Loss(ABC):
         targets: Tensor | None = None,
         active: Sequence[int] | None = None,
         exits: int | None = None,
+        moment: Moment | None = None,
     ) -> Tensor:
         """Return the weighted scalar loss. Shapes: predictions K x [rows, classes], final [rows, classes], targets
-        [rows]. active: which of the model's `exits` exits the predictions come from (all when None).
+        [rows]. active: which of the model's `exits` exits the predictions come from (all when None); moment: None for
+        full weights and no states.
         """
-        return weigh(self.each(predictions, final, targets), self.weighting)
+        return weigh(self.each(predictions, final, targets), self.weighting) * (moment or Moment()).scale

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from offramp._registry import register
 from offramp.errors import BadArgument
-from offramp.loss import IGNORE, WEIGHTINGS, Loss, weigh
+from offramp.loss import IGNORE, WEIGHTINGS, Loss, Moment, weigh
 
 CURRICULA = ("rotational", "gradual", "none")
 
@@ -77,12 +77,14 @@ class LayerSkip(Loss):
         targets: Tensor | None = None,
         active: Sequence[int] | None = None,
         exits: int | None = None,
+        moment: Moment | None = None,
     ) -> Tensor:
         """Return the weighted mean over the exits that take part and the last layer."""
         count = len(predictions) if exits is None else exits
         taking = range(count) if active is None else active
         raw = WEIGHTINGS[self.weighting](count)
-        weights = [self.e_scale * raw[j] for j in taking] + [count + 1 + self.e_scale * count * (count + 1) / 2]
+        scale = (moment or Moment()).scale
+        weights = [scale * self.e_scale * raw[j] for j in taking] + [count + 1 + self.e_scale * count * (count + 1) / 2]
         if targets is None:
             raise BadArgument('loss "layerskip" needs labels; for a language model give them as labels=input_ids')
         losses = torch.stack([*self.each(predictions, final, targets), _cross_entropy(final, targets)])
