@@ -25,7 +25,8 @@ from offramp.enable import paused
 
 SKIP = ("/site-packages/", "/test/", "/tests/", "/idlelib/", "/lib2to3/", "/encodings/", "/turtledemo/", "pydoc_data")
 BATCH, LENGTH, AT, LOOK = 16, 256, (2, 3, 4, 6, 8), 100
-LOSS = {"loss": "layerskip", "curriculum": "rotational", "rotation": 2, "weighting": "inverse", "e_scale": 4.0, "own": 0.5}
+LOSS = {"loss": "layerskip", "curriculum": "rotational", "rotation": 2, "weighting": "inverse", "e_scale": 4.0}
+LOSS |= {"own": 0.7, "pull": 0.3}
 HELDOUT = Path(__file__).parent / "pycode-5m" / "heldout.txt"
 
 

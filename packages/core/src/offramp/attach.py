@@ -9,12 +9,12 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from offramp import checkpoint
 from offramp._plugins import adapt, plugins
 from offramp._registry import lookup
-from offramp.backbone import Backbone
+from offramp.backbone import Backbone, Observed
 from offramp.errors import BadArgument, DamagedFile, NotAttached, check_options
 from offramp.head import ExitHead
 
@@ -46,6 +46,20 @@ class Exits:
         if depth not in self.at:
             raise BadArgument(f"no exit at depth {depth}; exits are at {list(self.at)}")
         return self.modules[str(depth)]  # type: ignore[return-value]
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the heads read earlier states of a sequence too."""
+        return type(self[self.at[0]]).mixes
+
+    def inputs(self, seen: Observed, active: Sequence[int] | None = None) -> list[Tensor]:
+        """Return what goes into the heads [rows, width], one per exit of `active` (indices; None: all)."""
+        which = range(len(self.at)) if active is None else active
+        if not self.mixes:
+            return [seen.hidden[i] for i in which]
+        if seen.around is None or seen.keep is None:
+            raise BadArgument(f"heads {self.head!r} read whole sequences: observe(batch, depths, whole=True)")
+        return [self[self.at[i]].mix(seen.whole[i], seen.around)[seen.keep] for i in which]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.at)
@@ -123,6 +137,11 @@ def attach(model: nn.Module, at: int | float | Sequence[int | float], head: str 
     cls = lookup(ExitHead, head)
     known = [n for n in inspect.signature(cls.build).parameters if n not in ("tap", "base")]
     check_options(config, known, f"head {head!r}")
+    if cls.mixes and not backbone.sequences:
+        raise BadArgument(
+            f"head {head!r} reads the earlier states of a text, and {type(model).__name__} is no decoder of one; "
+            f"use head='translator'"
+        )
     context, taps = backbone.context(), backbone.taps()
     heads = nn.ModuleDict({str(k): cls.build(taps[k - 1], context, **config) for k in depths})
     heads.train(model.training)

@@ -7,16 +7,18 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from offramp._registry import create, lookup, policy_from
+from offramp._registry import create, draft_from, lookup, policy_from
 from offramp.attach import RECORD, Exits, find, load
 from offramp.calibration import Calibration
 from offramp.calibrator import Certificate
+from offramp.draft import DraftRule
 from offramp.errors import BadArgument, NotAttached, check_options
 from offramp.policy import ExitPolicy
 
@@ -78,11 +80,12 @@ class Stats:
 
 @dataclass(frozen=True)
 class Options:
-    """How a policy is run. verify: draft and check (lossless); draft: longest draft, or None to let it adapt; kv: what
-    supplies deeper keys and values when not verifying; strict: raise instead of falling back to the full model."""
+    """How a policy is run. verify: draft and check (lossless); draft: the draft rule, as its name, a dict {"rule":
+    name, option: value}, a number of tokens, or None to let it adapt; kv: what supplies deeper keys and values when
+    not verifying; strict: raise instead of falling back to the full model."""
 
     verify: bool = False
-    draft: int | None = None
+    draft: Any = None
     kv: str = "catch_up"
     strict: bool = False
 
@@ -92,10 +95,8 @@ class Options:
                 raise BadArgument(f"{name}={getattr(self, name)!r} must be True or False")
         if self.kv not in KV:
             raise BadArgument(f"kv={self.kv!r} is not known; choose one of {', '.join(KV)}")
-        if self.draft is not None and (
-            isinstance(self.draft, bool) or not isinstance(self.draft, int) or self.draft < 1
-        ):
-            raise BadArgument(f"draft={self.draft!r} must be a positive number of tokens, or None to adapt")
+        if self.draft is not None:
+            draft_from(self.draft)  # an unknown rule or option is refused here
 
 
 OPTIONS = tuple(f.name for f in fields(Options))
@@ -110,10 +111,17 @@ class Run:
         self.stats = Stats()
         self.paused = False
         #: what a decoding driver remembers between calls (e.g. how often drafts were accepted)
-        self.memory: dict[str, Any] = {}
+        self.memory: dict[Any, Any] = {}
         #: whether `enable` also loaded the exits, so that `disable` takes them off again
         self.loaded = False
         self._undo: Callable[[], None] | None = None
+
+    @cached_property
+    def rule(self) -> DraftRule:
+        """How tokens are drafted with verify=True; raises `BadArgument` when it does not fit the exits."""
+        rule = draft_from(self.options.draft)
+        rule.check(self.exits.at, self.exits.head, self.exits.mixes)
+        return rule
 
     @property
     def enabled(self) -> bool:
@@ -181,7 +189,8 @@ def enable(model: nn.Module, policy: str | ExitPolicy | Calibration | None = Non
 
     policy: a name of `offramp.names(offramp.ExitPolicy)` with its options (`threshold=0.9`), a policy object, a
     `Calibration`, or None for the `early_exit` dict of the model's own config. verify=True: every early token is
-    checked by the deep blocks (lossless); draft: longest draft; kv: "catch_up" or "propagate" without verify;
+    checked by the deep blocks (lossless); draft: a rule of `offramp.names(offramp.DraftRule)`, with options as
+    {"rule": name, ...}, or a number of tokens; kv: "catch_up" or "propagate" without verify;
     strict=True: raise where the full model would be used instead. Raises `NotAttached`, `BadArgument`, `UnknownName`;
     changes nothing then.
     """

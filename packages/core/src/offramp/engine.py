@@ -25,9 +25,14 @@ def look(
     previous: Tensor | None,
     position: Tensor | None = None,
     prediction: Tensor | None = None,
+    needs: frozenset[str] | None = None,
 ) -> Evidence:
-    """Return the evidence of exit `index` for pooled states [rows, width]; its head runs only if it is needed."""
-    depths, needs = run.exits.at, run.policy.statistics()
+    """Return the evidence of exit `index` for pooled states [rows, width]; its head runs only if it is needed.
+
+    needs: statistics to compute, None for those of the policy.
+    """
+    depths = run.exits.at
+    needs = run.policy.statistics() if needs is None else needs
     depth = depths[index]
     if prediction is None and needs & LOGITS:
         prediction = run.exits[depth](hidden)

@@ -80,8 +80,8 @@ def fit(
         for p in grads:
             p.requires_grad_(False)
         with evaluating(model), paused(model):
-            if backbone:
-                source: Any = Live(exits, data, batch_size, seed, layer_dropout)
+            if backbone or exits.mixes:
+                source: Any = Live(exits, data, batch_size, seed, layer_dropout, frozen=not backbone)
             else:
                 source = _States(exits, data, batch_size, rows, seed)
             report.before = source.agreement()
@@ -126,7 +126,7 @@ def _train(
     with torch.enable_grad():
         for step, seen in zip(track(range(steps), "fit exits", progress, steps), source, strict=False):
             active = objective.active(step, steps, len(exits))
-            answers = [exits[exits.at[i]](seen.hidden[i]) for i in active]
+            answers = [exits[exits.at[i]](h) for i, h in zip(active, exits.inputs(seen, active), strict=True)]
             with torch.set_grad_enabled(seen.final.requires_grad):
                 final = exits.backbone.context().readout(seen.final)
             value = objective(answers, final, seen.targets, active, len(exits))

@@ -23,7 +23,7 @@ class HeadContext:
 
     norm: module before the projection (final norm, pooler); heads copy it. projection: the unembedding or classifier,
     shared with the backbone, never copied or trained through. finish: soft cap or scale after it. width: of the hidden
-    state; classes: of the prediction.
+    state; classes: of the prediction. block: the last block, for heads that copy one.
     """
 
     norm: nn.Module
@@ -31,11 +31,26 @@ class HeadContext:
     finish: Callable[[Tensor], Tensor]
     width: int
     classes: int
+    block: nn.Module | None = None
 
     def readout(self, hidden: Tensor) -> Tensor:
         """Return the backbone's own prediction for a last hidden state [..., width] -> [..., classes]."""
         out: Tensor = self.finish(self.projection(self.norm(hidden)))
         return out
+
+
+@dataclass(frozen=True)
+class Around:
+    """What surrounds the states that a head mixes. positions: int64 [batch or 1, new]; mask: [batch, past + new] of 0/1
+    over all of them, None when nothing is padding; past: where keys and values of earlier states are kept
+    (`update(keys, values)` returns all of them; `length`), None when there are none; call: runs a copy of one of the
+    model's blocks on the states as the model would, None where the backbone cannot.
+    """
+
+    positions: Tensor
+    mask: Tensor | None = None
+    past: Any = None
+    call: Callable[[nn.Module, Tensor], Tensor] | None = None
 
 
 class ExitHead(nn.Module):
@@ -45,6 +60,19 @@ class ExitHead(nn.Module):
     extra: ClassVar[tuple[str, ...]] = ()
     #: whether the head has weights of its own; one without is trained only by training the backbone
     own: ClassVar[bool] = True
+    #: whether the head, untrained, is the backbone's own readout of the state (the logit lens)
+    lens: ClassVar[bool] = True
+    #: whether the head reads earlier states too: `mix` then runs before `forward`, and remembers
+    mixes: ClassVar[bool] = False
+
+    def mix(self, hidden: Tensor, around: Around) -> Tensor:
+        """Return states [batch, new, width] that have seen the earlier ones; only of heads with `mixes`."""
+        return hidden
+
+    def features(self, hidden: Tensor) -> Tensor | None:
+        """Return what goes into the shared projection [..., width], so that several heads can be projected at once;
+        None for a head with a projection of its own."""
+        return None
 
     @classmethod
     @abstractmethod

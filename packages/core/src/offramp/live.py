@@ -1,4 +1,4 @@
-"""Rows for training a model together with its exits: the model runs on one batch per step, with gradients."""
+"""Rows for training with the model running in every step: with it, or for heads that read whole sequences."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from offramp.record import batches, evaluating
 
 
 class Live:
-    """Observations with gradients, endlessly; a tensor or mapping of tensors is shuffled anew each time round.
+    """Observations batch by batch, endlessly; a tensor or mapping of tensors is shuffled anew each time round.
 
     data: as for `fit`; the first batch, as it comes, is what `agreement` is measured on. layer_dropout: rate of the
-    last block; block l of L has rate * (2^(l / (L - 1)) - 1), drawn per sample (arXiv 2404.16710).
+    last block; block l of L has rate * (2^(l / (L - 1)) - 1), drawn per sample (arXiv 2404.16710). frozen: only the
+    heads are trained, the model runs without gradients and in eval mode.
     """
 
-    def __init__(self, exits: Exits, data: Any, batch_size: int, seed: int, layer_dropout: float) -> None:
-        self.exits, self.data, self.batch_size = exits, data, batch_size
+    def __init__(
+        self, exits: Exits, data: Any, batch_size: int, seed: int, layer_dropout: float, frozen: bool = False
+    ) -> None:
+        self.exits, self.data, self.batch_size, self.frozen = exits, data, batch_size, frozen
         self.generator = torch.Generator().manual_seed(seed)
         depth = exits.backbone.depth
         self.rates = [layer_dropout * (2 ** (i / max(1, depth - 1)) - 1) for i in range(depth)]
@@ -53,12 +56,15 @@ class Live:
         return {k: v[order] if isinstance(v, Tensor) else v for k, v in self.data.items()}
 
     def observe(self, batch: Any) -> Observed:
-        """Run the model on one batch in train mode, with layer dropout."""
-        model = self.exits.model
+        """Run the model on one batch; not frozen, in train mode and with layer dropout."""
+        model, at, mixes = self.exits.model, self.exits.at, self.exits.mixes
+        if self.frozen:
+            with torch.no_grad():
+                return self.exits.backbone.observe(batch, at, mixes)
         undo = self.exits.backbone.chain().install(self._block) if any(self.rates) else None
         model.train()
         try:
-            return self.exits.backbone.observe(batch, self.exits.at)
+            return self.exits.backbone.observe(batch, at, mixes)
         finally:
             model.eval()
             if undo is not None:
@@ -77,7 +83,8 @@ class Live:
     def agreement(self) -> dict[int, float]:
         """Return on which share of the first batch's rows each exit says what the full model says."""
         with evaluating(self.exits.model):
-            seen = self.exits.backbone.observe(self.first, self.exits.at)
+            seen = self.exits.backbone.observe(self.first, self.exits.at, self.exits.mixes)
             best = self.exits.backbone.context().readout(seen.final).argmax(-1)
-            answers = {d: self.exits[d](h).argmax(-1) for d, h in zip(self.exits.at, seen.hidden, strict=True)}
+            inputs = self.exits.inputs(seen)
+            answers = {d: self.exits[d](h).argmax(-1) for d, h in zip(self.exits.at, inputs, strict=True)}
         return {d: float((a == best).double().mean()) if len(best) else math.nan for d, a in answers.items()}

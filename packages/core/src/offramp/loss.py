@@ -10,6 +10,8 @@ from torch import Tensor
 
 from offramp.errors import UnknownName, did_you_mean
 
+#: targets with this value are left out, as everywhere in torch and transformers
+IGNORE = -100
 #: how much each exit weighs: name -> weights before normalisation, shallow exit first
 WEIGHTINGS = {
     "uniform": lambda k: [1.0] * k,

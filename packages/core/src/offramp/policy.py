@@ -93,6 +93,10 @@ class ExitPolicy(ABC):
         """Take in verification results or late labels; the default ignores them."""
         return state
 
+    def opens(self, depth: int) -> bool:
+        """Whether an exit at `depth` could ever stop a row; where it could not, nobody needs to look."""
+        return True
+
     def check(self, depths: Sequence[int]) -> None:
         """Raise `BadArgument` when the policy does not fit exits at these depths (one threshold per exit, ...)."""
         threshold = getattr(self, "threshold", None)

@@ -89,7 +89,7 @@ def record(
 
 
 def _one(exits: Exits, batch: Any, per_row: int | None, generator: torch.Generator, logits: bool) -> dict[str, Tensor]:
-    seen = exits.backbone.observe(batch, exits.at)
+    seen = exits.backbone.observe(batch, exits.at, exits.mixes)
     keep = _pick(seen.sample, per_row, generator) if per_row and seen.sample is not None else None
 
     def cut(rows: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def _one(exits: Exits, batch: Any, per_row: int | None, generator: torch.Generat
 
     states = [cut(h) for h in seen.hidden]
     final = cut(seen.final)
-    answers = [exits[d](h) for d, h in zip(exits.at, states, strict=True)]
+    answers = [exits[d](cut(h)) for d, h in zip(exits.at, exits.inputs(seen), strict=True)]
     answers.append(exits.backbone.context().readout(final))
     columns = [confidence(a, STATISTICS) for a in answers]
     one = {k: torch.stack([c[k] for c in columns], 1).cpu() for k in columns[0]}

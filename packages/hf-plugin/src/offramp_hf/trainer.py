@@ -60,9 +60,9 @@ class ExitTraining(nn.Module):
         """Return {"loss"} for one batch, with columns that the model does not take left out, as the Trainer does."""
         exits = self._exits
         with torch.no_grad(), paused(self.model):
-            seen = exits.backbone.observe({k: v for k, v in batch.items() if k in self._takes}, exits.at)
+            seen = exits.backbone.observe({k: v for k, v in batch.items() if k in self._takes}, exits.at, exits.mixes)
             final = exits.backbone.context().readout(seen.final)
-        answers = [exits[d](h) for d, h in zip(exits.at, seen.hidden, strict=True)]
+        answers = [exits[d](h) for d, h in zip(exits.at, exits.inputs(seen), strict=True)]
         rows = len(final)
         # a process may have no labelled row; its heads still take part in the exchange of gradients
         loss = self.objective(answers, final, seen.targets) if rows else sum(a.sum() for a in answers) * 0.0

@@ -11,10 +11,7 @@ from torch.nn import functional
 
 from offramp._registry import register
 from offramp.errors import BadArgument
-from offramp.loss import Loss, weigh
-
-#: targets with this value are left out, as everywhere in torch and transformers
-IGNORE = -100
+from offramp.loss import IGNORE, Loss, weigh
 
 
 @register("labels")

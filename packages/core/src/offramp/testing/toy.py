@@ -130,7 +130,7 @@ class ToyBackbone(Backbone):
             return self.model(batch["x"], batch.get("mask"))
         return self.model(batch)
 
-    def observe(self, batch: Any, depths: Sequence[int]) -> Observed:
+    def observe(self, batch: Any, depths: Sequence[int], whole: bool = False) -> Observed:
         """Return the first token's states at `depths` and at the end, and the labels if there are any."""
         with self.chain().capture([*depths, self.depth]) as kept:
             self.call(batch)

@@ -58,7 +58,7 @@ class DitBackbone(Backbone):
             )
         return self.model(**batch)
 
-    def observe(self, batch: Any, depths: Sequence[int]) -> Observed:
+    def observe(self, batch: Any, depths: Sequence[int], whole: bool = False) -> Observed:
         """Return the states at `depths` and at the end, one row per token; `sample` says of which image it is."""
         with paused(self.model), self.chain().capture([*depths, self.depth]) as kept:
             self.call(batch)

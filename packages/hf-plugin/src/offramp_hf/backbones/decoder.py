@@ -16,7 +16,7 @@ from offramp.backbone import Backbone, Observed, Tap, Undo
 from offramp.blocks import Call, Chain, learn_spec
 from offramp.enable import Run
 from offramp.errors import BadArgument, UnsupportedModel
-from offramp.head import HeadContext
+from offramp.head import Around, HeadContext
 from offramp_hf.backbones._windows import check_windows, direct_is_exact
 
 
@@ -77,6 +77,7 @@ class Decoder(Backbone):
     """A causal language model of the transformers library; `names`, readout and calls are found by running it once."""
 
     kind = "decoder-only"
+    sequences = True
     model: Any
 
     def __init__(self, model: Any) -> None:
@@ -145,7 +146,7 @@ class Decoder(Backbone):
         width = seen["hidden"].shape[-1]
         fitting = []
         for norm, finish in product(self._norms(plain, width), self._finishes()):
-            context = HeadContext(norm, unembed, finish, width, logits.shape[-1])
+            context = HeadContext(norm, unembed, finish, width, logits.shape[-1], self.blocks[-1])
             found = context.readout(seen["hidden"])
             if torch.allclose(found, logits, rtol=1e-3, atol=1e-4, equal_nan=True):
                 fitting.append((float((found - logits).abs().nan_to_num().max()), context))
@@ -196,7 +197,7 @@ class Decoder(Backbone):
         """Run the model's own forward."""
         return self.model(**self.batch(batch))
 
-    def observe(self, batch: Any, depths: Sequence[int]) -> Observed:
+    def observe(self, batch: Any, depths: Sequence[int], whole: bool = False) -> Observed:
         """Return one row per token that is not padding; with `labels`, the targets are the next tokens."""
         inputs = self.batch(batch)
         labels = inputs.pop("labels", None)
@@ -208,22 +209,33 @@ class Decoder(Backbone):
             targets = torch.full_like(labels, -100)
             targets[:, :-1] = labels[:, 1:]
             keep = keep & (targets != -100)
-        return self._observed(inputs, keep, position, targets, depths)
+        return self._observed(inputs, keep, position, targets, depths, whole)
 
     def _observed(
-        self, inputs: dict[str, Tensor], keep: Tensor, position: Tensor, targets: Tensor | None, depths: Sequence[int]
+        self,
+        inputs: dict[str, Tensor],
+        keep: Tensor,
+        position: Tensor,
+        targets: Tensor | None,
+        depths: Sequence[int],
+        whole: bool,
     ) -> Observed:
         """Run the full model and return the tokens of `keep` [batch, token] as rows."""
-        with self._chain.capture([*depths, self.depth]) as states:
+        calls: list[Call] = []
+        with self._chain.capture([*depths, self.depth], calls) as states:
             self.model(**inputs, use_cache=False, **self._cheap_logits())
         sample = torch.arange(len(keep), device=keep.device)[:, None].expand_as(keep)
-        return Observed(
+        seen = Observed(
             [states[d][keep] for d in depths],
             states[self.depth][keep],
             None if targets is None else targets[keep],
             position[keep],
             sample[keep],
         )
+        if whole:
+            seen.whole, seen.keep = [states[d] for d in depths], keep
+            seen.around = Around(position, inputs.get(self.mask_name), None, calls[-1].through)
+        return seen
 
     def _cheap_logits(self) -> dict[str, Any]:
         keeps = getattr(self.model, "_supports_logits_to_keep", None)

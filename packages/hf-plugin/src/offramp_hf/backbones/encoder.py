@@ -152,7 +152,7 @@ class Encoder(Backbone):
         """Run the model's own forward."""
         return self.model(**self.inputs(batch))
 
-    def observe(self, batch: Any, depths: Sequence[int]) -> Observed:
+    def observe(self, batch: Any, depths: Sequence[int], whole: bool = False) -> Observed:
         """Return one row per input row; class labels [rows] become the targets, other labels are ignored."""
         inputs = self.inputs(batch)
         labels = inputs.pop("labels", None)

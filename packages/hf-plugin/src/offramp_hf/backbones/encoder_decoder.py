@@ -223,7 +223,7 @@ class EncoderDecoder(Decoder):
             )
         return super().batch(batch)
 
-    def observe(self, batch: Any, depths: Sequence[int]) -> Observed:
+    def observe(self, batch: Any, depths: Sequence[int], whole: bool = False) -> Observed:
         """Return one row per decoder token that is not padding; with `labels`, the targets are the labels."""
         inputs = self.batch(batch)
         labels = inputs.pop("labels", None)
@@ -235,7 +235,7 @@ class EncoderDecoder(Decoder):
             keep = keep & (labels != -100)
             if pad is not None and pad != getattr(self.model.config, "eos_token_id", None):
                 keep = keep & (labels != pad)
-        return self._observed(inputs, keep, position, labels, depths)
+        return self._observed(inputs, keep, position, labels, depths, whole)
 
     def _real(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return which decoder tokens [batch, token] are no padding: by their mask, else by the pads that end a row."""

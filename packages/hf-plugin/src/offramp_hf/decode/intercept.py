@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from offramp.enable import Options, Run, make_policy, parse_flag, paused
-from offramp.errors import OfframpError
+from offramp.errors import BadArgument, OfframpError
 from offramp.policy import ExitPolicy
 from offramp_hf import _compat
 from offramp_hf.cache import WindowCache, borrowed, why_not
@@ -34,6 +35,7 @@ class Generation:
 
     def install(self) -> Any:
         """Put `generate` on the instance; returns the undo."""
+        check_rule(self.run)
         self.previous = self.model.__dict__.get("generate")
         self.original = self.model.generate
         self.model.__dict__["generate"] = self.generate
@@ -90,6 +92,7 @@ class Call:
         self.run = run
         if policy is not run.policy or options is not run.options:
             self.run = Run(run.exits, policy, options)
+            check_rule(self.run)
             self.run.stats, self.run.memory = run.stats, run.memory
 
     def decode(
@@ -143,7 +146,9 @@ class Call:
         """
         run = self.run
         backbone: Any = run.backbone
-        first = _compat.prefill(model, rows.ids[:, : rows.prompt], config, inputs)[:, -1]
+        mixing = [d for d in run.exits.at if type(run.exits[d]).mixes]
+        with backbone.chain().capture(mixing) if mixing else nullcontext({}) as states:
+            first = _compat.prefill(model, rows.ids[:, : rows.prompt], config, inputs)[:, -1]
         run.stats.blocks_run += run.backbone.depth * rows.batch
         run.stats.rounds += 1
         scores = chooser.scores(rows.ids[:, : rows.prompt], first)
@@ -157,6 +162,7 @@ class Call:
             run, rows, chooser, runner, cache, mask if padded else None
         )
         with runner.running():
+            driver.read_prompt(states)
             driver.generate()
             if wanted:
                 driver.leave()
@@ -169,3 +175,14 @@ class Call:
         stats.count(depths)
         stats.tokens += depths.numel()
         stats.blocks_full += self.run.backbone.depth * rows.batch * (max(rows.length) - rows.prompt)
+
+
+def check_rule(run: Run) -> None:
+    """Raise `BadArgument` when the draft rule does not fit the exits, or is given where nothing is drafted."""
+    if run.options.verify:
+        run.rule  # noqa: B018  (making it checks it)
+    elif run.options.draft is not None:
+        raise BadArgument(
+            f"draft={run.options.draft!r} is for verify=True, which drafts and checks; without it a token is taken as "
+            f"the exit gives it: leave draft out, or add verify=True"
+        )

@@ -32,6 +32,8 @@ class Rows:
         self.scores: list[list[Tensor]] = [[] for _ in range(self.batch)]
         self.logits: list[list[Tensor]] = [[] for _ in range(self.batch)]
         self.put = self.prompt
+        #: the tokens of every row as a list, for who reads the text
+        self.texts: list[list[int]] = input_ids.tolist()
 
     def prefix(self, row: int) -> Tensor:
         """Return the ids of one row so far, [1, length]."""
@@ -70,6 +72,7 @@ class Rows:
         """Append one token to one row and ask its criteria; returns whether the row takes more."""
         at = self.length[row]
         self.ids[row, at] = token
+        self.texts[row].append(token)
         self.length[row] = at + 1
         self.depths[row].append(depth)
         if self.keep_scores and scores is not None:
@@ -93,6 +96,8 @@ class Rows:
             tokens if all(live) else torch.where(tokens.new_tensor(live, dtype=torch.bool), tokens, self.pad)
         )
         self.length = [at + 1] * self.batch
+        for row, token in enumerate(self.ids[:, at].tolist()):
+            self.texts[row].append(token)
         for row in range(self.batch):
             if live[row]:
                 self.depths[row].append(depths[row])

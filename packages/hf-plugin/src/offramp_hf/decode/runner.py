@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offramp.blocks import Call, state_of
 from offramp_hf import _compat
@@ -29,18 +29,23 @@ class Place:
     tokens a row may come to hold (0: unknown).
     """
 
-    def __init__(self, mask: Tensor | None, longest: int = 0) -> None:
-        self.mask, self.longest = mask, longest
+    def __init__(self, mask: Tensor | None, longest: int = 0, before: int | Tensor = 0) -> None:
+        self.mask, self.longest, self.before = mask, longest, before
+
+    def shifted(self, mask: Tensor | None, base: int) -> Place:
+        """Return the same place for a cache that lacks the first `base` slots. mask: without them."""
+        before = base if self.mask is None else self.mask[:, :base].sum(-1, keepdim=True)
+        return Place(mask, self.longest, before)
 
     def positions(self, slots: int, new: int, device: torch.device) -> Tensor:
         """Return the positions [batch or 1, new] of `new` tokens behind `slots` stored ones: how many of the row's own
         tokens come before."""
         offset = torch.arange(new, device=device)[None]
         if self.mask is None:
-            return offset + slots
+            return offset + slots + self.before
         # drafts of a row that is nearly full, and rows that ended, would run past a learned position table; nobody
         # reads them
-        return (self.mask[:, :slots].sum(-1, keepdim=True) + offset).clamp(max=max(self.longest, 1) - 1)
+        return (self.mask[:, :slots].sum(-1, keepdim=True) + self.before + offset).clamp(max=max(self.longest, 1) - 1)
 
 
 class Through:
@@ -111,6 +116,26 @@ class Through:
         finally:
             self.cache.only_store = False
 
+    def other(self, block: nn.Module, hidden: Tensor, layer: GrowingLayer, place: Place, base: int) -> Tensor:
+        """Run a copy of the last block on `hidden` [batch, n, width] as the model would, with keys and values in
+        `layer`, whose first slot is slot `base` of the model's cache."""
+        kept: list[Tensor] = []
+
+        def handler(index: int, call: Call) -> Any:
+            if index + 1 < self.decoder.depth:
+                return call.skip()
+            kept.append(call.through(block, hidden))
+            raise Stop
+
+        own = self.cache
+        self.cache = WindowCache([layer] * self.decoder.depth)
+        mask = None if place.mask is None else place.mask[:, base:]
+        try:
+            self._forward(hidden.new_zeros(hidden.shape[:2], dtype=torch.long), 0, place.shifted(mask, base), handler)
+        finally:
+            self.cache = own
+        return kept[0]
+
     def _forward(self, tokens: Tensor, start: int, place: Place, handler: Callable[[int, Call], Any]) -> None:
         inputs = dict(self.inputs)
         slots, new = self.cache.layers[start].get_seq_length(), tokens.shape[1]
@@ -145,7 +170,8 @@ class Direct:
         self.embed = decoder.model.get_input_embeddings()
         self.start = -1
         self.masks: dict[int, Tensor] = {}
-        self.groups = _compat.head_groups(decoder.model, decoder.blocks)
+        #: query heads per key head, inside `running`
+        self.groups = 1
         self.views: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self.prepare(0)
 
@@ -153,8 +179,13 @@ class Direct:
     def running(self) -> Iterator[None]:
         """Everything happens inside this context: blocks make no lasting tensors, and without view tracking and
         version counters a token is about 10 % faster."""
-        with torch.inference_mode(), _compat.grouped(self.decoder.model) if self.groups > 1 else nullcontext():
-            yield
+        groups = _compat.head_groups(self.decoder.model, self.decoder.blocks)
+        with torch.inference_mode(), _compat.grouped(self.decoder.model) if groups > 1 else nullcontext():
+            self.groups, self.masks = groups, {}
+            try:
+                yield
+            finally:
+                self.groups, self.masks = 1, {}
 
     def prepare(self, position: int) -> None:
         """Ask the model how it calls its blocks at the TABLE positions around `position`."""
@@ -250,6 +281,22 @@ class Direct:
         for index in range(start, stop):
             state = state_of(self.decoder.blocks[index](state, **groups[self.shared[index]]))
         return state
+
+    def other(self, block: nn.Module, hidden: Tensor, layer: GrowingLayer, place: Place, base: int) -> Tensor:
+        """Run a copy of the last block; as `Through.other`, for one row."""
+        slots, new = base + layer.length, hidden.shape[1]
+        if slots // TABLE != (slots + new - 1) // TABLE:
+            cut = (slots // TABLE + 1) * TABLE - slots
+            parts = (hidden[:, :cut], hidden[:, cut:])
+            return torch.cat([self.other(block, part, layer, place, base) for part in parts], 1)
+        if not self.start <= slots < self.start + TABLE:
+            self.prepare(slots)
+        last = self.shared[-1]
+        kinds, given = self.kinds[last], self.arguments(slots, new)[last]
+        own = WindowCache([layer] * self.decoder.depth)
+        mask = self.mask(new, layer.length, hidden)
+        swap = {"cache": own, "mask": mask}
+        return state_of(block(hidden, **{k: swap[kinds[k]] if kinds[k] in swap else v for k, v in given.items()}))
 
     def _cross(self, tokens: Tensor, start: int, stop: int, state: Tensor, place: Place) -> Tensor:
         """Run tokens that lie on both sides of a table's end, or outside it, piece by piece."""
