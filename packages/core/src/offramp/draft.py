@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 from offramp.errors import BadArgument
 
 
-@dataclass(frozen=True)
+@dataclass
 class Setup:
-    """What a drafter works with, and what a round costs in blocks.
+    """What a drafter works with, and what a round costs in blocks (a block: one call of one block on one token).
 
     depths: of the exits; depth: of the model; levels: indices of the exits that the policy could ever accept; head: one
-    look at an exit; wider: what one more token adds to a call of the deep blocks, as a share of the call.
+    look at an exit; wider: what one more token adds to a call of blocks, as a share of the call. The decoder measures
+    the last two as it goes where it can.
     """
 
     depths: tuple[int, ...]

@@ -4,6 +4,7 @@ once.
 
 from __future__ import annotations
 
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from offramp.head import ExitHead
 from offramp.policy import Evidence
 from offramp_hf.cache import WindowCache
 from offramp_hf.decode.choose import Chooser
+from offramp_hf.decode.clock import Clock
 from offramp_hf.decode.mixing import Memory
 from offramp_hf.decode.rows import Rows
 from offramp_hf.decode.runner import Place
@@ -46,6 +48,7 @@ class Driver:
         self.waiting: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.depths]
         #: what heads that read earlier states remember, by level
         self.memories: dict[int, Memory] = {}
+        self.clock: Clock | None = None
         #: states that reached a level in this round, by level, when someone asks for them afterwards
         self.passed: dict[int, list[Tensor]] = {}
 
@@ -69,7 +72,10 @@ class Driver:
         """Run the blocks between two levels (low -1: from the embeddings) and count them."""
         start = 0 if low < 0 else self.depths[low]
         stop = self.depths[high]
+        began = perf_counter()
         state: Tensor = self.runner.window(tokens, start, stop, hidden, self.place, frozen)
+        if self.clock is not None:
+            self.clock.window(perf_counter() - began, stop - start, tokens.shape[1])
         self.run.stats.blocks_run += (stop - start) * self.rows.batch
         if high == self.last:
             self.run.stats.rounds += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from offramp.draft import Drafter, Look, Outcome, Plan, Setup, Shadow
 from offramp.enable import Run
 from offramp.engine import decide
 from offramp.policy import Evidence
+from offramp_hf.decode.clock import Clock
 from offramp_hf.decode.driver import Driver
 from offramp_hf.decode.shadows import shadow_rows
 
@@ -35,8 +37,11 @@ class Verified(Driver):
         self.rule = run.rule
         self.needs = self.needs | self.rule.needs
         if self.rule not in run.memory:
-            run.memory[self.rule] = self.rule.start(setup_of(run))
-        self.drafter: Drafter = run.memory[self.rule]
+            setup = setup_of(run)
+            run.memory[self.rule] = self.rule.start(setup), Clock(setup)
+        self.drafter: Drafter = run.memory[self.rule][0]
+        if self.rows.ids.device.type == "cpu":
+            self.clock = run.memory[self.rule][1]
         self.drafter.begin(self.rows.batch)
 
     def generate(self) -> None:
@@ -106,6 +111,7 @@ class Verified(Driver):
         for n, level in enumerate(levels):
             if n:
                 state = self.climb(levels[n - 1], level)
+            began = perf_counter()
             seen = self.look(level, state, previous, position)
             stop, memory, finite = decide(policy, memory, seen)
             previous = seen.hidden
@@ -114,6 +120,8 @@ class Verified(Driver):
             accepted, sure, tokens, bad = _to_host(stop, seen, token, finite)
             self.run.stats.nonfinite += bad
             looks.append(Look(level, len(drafts), sure, tokens, accepted))
+            if self.clock is not None:
+                self.clock.look(perf_counter() - began)
             if self.drafter.wants(looks[-1], live):
                 looks[-1].drafted = True
                 return token[:, None], scores
