@@ -49,12 +49,14 @@ class Look:
 @dataclass(frozen=True)
 class Plan:
     """What a round may do. levels: exits asked in turn for every draft, none for no drafts; length: most drafts;
-    shadow: whether verification shall say what every exit would have predicted.
+    shadow: whether verification shall say what every exit would have predicted; width: candidates per place, above 1
+    for a tree of `length` levels.
     """
 
     levels: tuple[int, ...]
     length: int
     shadow: bool = False
+    width: int = 1
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,10 @@ class Drafter(ABC):
         """Whether another token is drafted after one that was taken."""
         return True
 
+    def deeper(self, best: Sequence[float], rows: Sequence[int]) -> bool:
+        """Whether a tree gets another level; best: probability of the likeliest path of every row."""
+        return True
+
     def learn(self, outcome: Outcome) -> None:  # noqa: B027  (some rules learn nothing)
         """Take in what verification said about one row."""
 
@@ -134,8 +140,8 @@ class DraftRule(ABC):
     shadows: ClassVar[bool] = False
     #: whether `Drafter.propose` reads the text
     reads: ClassVar[bool] = False
-    #: candidates per place, best first, when drafts are a tree; (1, 1, ...) or empty is a chain
-    widths: tuple[int, ...] = ()
+    #: whether its drafts can be trees, which not every model can verify in one call
+    branches: ClassVar[bool] = False
 
     @abstractmethod
     def start(self, setup: Setup) -> Drafter:

@@ -41,10 +41,12 @@ class HeadContext:
 
 @dataclass(frozen=True)
 class Around:
-    """What surrounds the states that a head mixes. positions: int64 [batch or 1, new]; mask: [batch, past + new] of 0/1
-    over all of them, None when nothing is padding; past: where keys and values of earlier states are kept
-    (`update(keys, values)` returns all of them; `length`), None when there are none; call: runs a copy of one of the
-    model's blocks on the states as the model would, None where the backbone cannot.
+    """What surrounds the states that a head mixes.
+
+    positions: int64 [batch or 1, new]; mask: [batch, past + new] of 0/1 over all of them, None when nothing is padding,
+    or bool [batch, new, past + new], which of them each new one sees; past: where keys and values of earlier states are
+    kept (`update(keys, values)` returns all of them), None when there are none; call: runs a copy of the model's last
+    block on the states as the model would, None where the backbone cannot.
     """
 
     positions: Tensor

@@ -84,6 +84,8 @@ def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _mask(new: int, slots: int, padding: Tensor | None, like: Tensor) -> Tensor | None:
     """Return which slots each new state sees: bool, broadcast to [batch, heads, new, slots]; None for all."""
+    if padding is not None and padding.dim() == 3:
+        return padding[:, None]
     if new == 1 and padding is None:
         return None
     seen = torch.ones(new, slots, dtype=torch.bool, device=like.device).tril(slots - new)

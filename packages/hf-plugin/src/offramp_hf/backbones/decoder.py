@@ -17,30 +17,8 @@ from offramp.blocks import Call, Chain, learn_spec
 from offramp.enable import Run
 from offramp.errors import BadArgument, UnsupportedModel
 from offramp.head import Around, HeadContext
-from offramp_hf.backbones._windows import check_windows, direct_is_exact
-
-
-class Finish:
-    """What a model does to its logits after the projection: nothing, a scale, or a soft cap."""
-
-    def __init__(self, scale: float = 1.0, cap: float | None = None) -> None:
-        self.scale, self.cap = scale, cap
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Return the finished logits, same shape."""
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
-
-    @classmethod
-    def candidates(cls, config: Any) -> Iterator[Finish]:
-        """Yield what the config allows, the plainest last; which one it is, a probe decides."""
-        if getattr(config, "final_logit_softcapping", None):
-            yield cls(cap=config.final_logit_softcapping)
-        for name, power in (("logit_scale", 1), ("logits_scaling", -1)):
-            if getattr(config, name, None):
-                yield cls(scale=float(getattr(config, name)) ** power)
-        yield cls()
+from offramp_hf.backbones._finish import Finish
+from offramp_hf.backbones._windows import check_windows, direct_is_exact, trees_are_exact
 
 
 def block_list(root: nn.Module, depth: int | None, skip: str = "") -> tuple[str, nn.ModuleList]:
@@ -296,7 +274,8 @@ class Decoder(Backbone):
 
     def runner(self, cache: Any, rows: int, padded: bool, inputs: dict[str, Any]) -> Any:
         """Return the fastest way to run windows that a probe has shown to be exact for this model."""
-        from offramp_hf.decode.runner import Direct, Through
+        from offramp_hf.decode.direct import Direct
+        from offramp_hf.decode.runner import Through
 
         if rows == 1 and not padded and not inputs and self.direct_fits:
             return Direct(self, cache)
@@ -307,3 +286,9 @@ class Decoder(Backbone):
         """Whether running the blocks directly gives the model's own logits; a probe decides, once."""
         with quiet(self.model):
             return direct_is_exact(self)
+
+    @cached_property
+    def trees(self) -> bool:
+        """Whether a tree of drafts can be verified in one call; a probe decides, once."""
+        with quiet(self.model):
+            return trees_are_exact(self)

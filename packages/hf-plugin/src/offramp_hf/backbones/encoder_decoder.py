@@ -112,6 +112,8 @@ class EncoderDecoder(Decoder):
 
     kind = "encoder-decoder"
     mask_name = "decoder_attention_mask"
+    #: relative positions are counted from the cache, so nodes of a tree cannot be placed
+    trees = False
     position_name = None  # its decoder counts positions from the cache, and so by slot
     ragged = False
 
@@ -186,7 +188,8 @@ class EncoderDecoder(Decoder):
         one.
         """
         from offramp_hf.cache import GrowingLayer, WindowCache
-        from offramp_hf.decode.runner import Place, Through
+        from offramp_hf.decode.place import Place
+        from offramp_hf.decode.runner import Through
 
         read, ids, place = self._ids(2, 7), self._ids(2, 6), Place(None)
         seen = torch.ones_like(read)

@@ -18,8 +18,8 @@ from offramp_hf.cache import WindowCache
 from offramp_hf.decode.choose import Chooser
 from offramp_hf.decode.clock import Clock
 from offramp_hf.decode.mixing import Memory
+from offramp_hf.decode.place import Place
 from offramp_hf.decode.rows import Rows
-from offramp_hf.decode.runner import Place
 
 
 class Driver:

@@ -180,7 +180,12 @@ class Call:
 def check_rule(run: Run) -> None:
     """Raise `BadArgument` when the draft rule does not fit the exits, or is given where nothing is drafted."""
     if run.options.verify:
-        run.rule  # noqa: B018  (making it checks it)
+        rule, backbone = run.rule, run.backbone
+        if rule.branches and not backbone.trees:  # type: ignore[attr-defined]
+            raise BadArgument(
+                f"draft rule {rule.config()['rule']!r} verifies many continuations in one call, and "
+                f"{type(run.model).__name__} cannot be told which token sees which; use draft='confident'"
+            )
     elif run.options.draft is not None:
         raise BadArgument(
             f"draft={run.options.draft!r} is for verify=True, which drafts and checks; without it a token is taken as "

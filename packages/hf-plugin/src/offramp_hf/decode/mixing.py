@@ -9,7 +9,7 @@ from torch import Tensor
 
 from offramp.head import Around, ExitHead
 from offramp_hf.cache import GrowingLayer
-from offramp_hf.decode.runner import Place
+from offramp_hf.decode.place import Place
 
 
 class Memory:
@@ -22,22 +22,25 @@ class Memory:
         self.head, self.runner, self.base = head, runner, base
         self.layer = GrowingLayer()
         self.pending: list[Tensor] = []
-        self.newest: Tensor | None = None
+        #: what was mixed last, [batch, new, width]
+        self.mixed = torch.empty(0)
 
     def read(self, place: Place) -> Tensor:
         """Mix everything pending and return the newest mixed state [batch, 1, width]."""
         if self.pending:
             hidden = torch.cat(self.pending, 1) if len(self.pending) > 1 else self.pending[0]
             self.pending = []
-            self.newest = self.mix(hidden, place)[:, -1:]
-        if self.newest is None:
-            raise RuntimeError("a head was asked before any state had reached it")
-        return self.newest
+            self.mixed = self.mix(hidden, place)
+        return self.mixed[:, -1:]
 
     def mix(self, hidden: Tensor, place: Place) -> Tensor:
         """Mix states [batch, new, width] and remember their keys and values."""
         slots, new = self.base + self.layer.length, hidden.shape[1]
-        mask = None if place.mask is None else place.mask[:, self.base : slots + new]
+        mask = place.seen(slots, new, hidden.device)
+        if mask is not None:
+            mask = mask[..., self.base :]
+        elif place.mask is not None:
+            mask = place.mask[:, self.base : slots + new]
         past = self.layer
 
         def call(block: torch.nn.Module, states: Tensor) -> Tensor:
@@ -45,6 +48,16 @@ class Memory:
             return state
 
         return self.head.mix(hidden, Around(place.positions(slots, new, hidden.device), mask, past, call))
+
+    def catch_up(self, slots: int, place: Place) -> None:
+        """Read what is pending when the first `slots` slots of the model's cache reach into it, else forget it."""
+        if slots > self.base + self.layer.length:
+            self.read(place)
+        self.pending = []
+
+    def pick(self, start: int, path: Tensor) -> None:
+        """Keep the slots `start + path` behind the first `start` ones; path: int64 [batch, n]."""
+        self.layer.pick(start - self.base, path)
 
     def crop(self, slots: int) -> None:
         """Forget what stands behind the first `slots` slots of the model's cache."""

@@ -13,6 +13,7 @@ from offramp.draft import Drafter, Look, Outcome, Plan, Setup, Shadow
 from offramp.enable import Run
 from offramp.engine import decide
 from offramp.policy import Evidence
+from offramp_hf.decode.branching import Branching
 from offramp_hf.decode.clock import Clock
 from offramp_hf.decode.driver import Driver
 from offramp_hf.decode.shadows import shadow_rows
@@ -61,6 +62,9 @@ class Verified(Driver):
                 return
         plan = self.drafter.plan(room) if room > 0 else Plan((), 0)
         self.passed = {level: [] for level in range(self.last)} if plan.shadow else {}
+        if plan.levels and plan.length > 0 and plan.width > 1:
+            Branching(self, plan, live).run()
+            return
         drafts: list[Tensor] = []
         guesses: list[Tensor] = []
         looks: list[Look] = []
