@@ -209,7 +209,8 @@ def run(
         share = block_share(plain, replace(plain, new_tokens=1), exits.backbone.blocks, prompts[: 2 * SWEEP])
         peak = {} if build is None else bench_memory.peaks(ways, prompts[0], build, assistant)
     for row in rows:
-        if row["blocks_run"] is None:
+        # of the two-model way only the large model's blocks could be counted
+        if row["blocks_run"] is None and "assistant_model" not in ways[row["name"]].arguments:
             row |= measure.count_blocks(ways[row["name"]], prompts[:SWEEP])
         row |= {"block_share": share, "realised": realised(row, share)}
         if build is not None:

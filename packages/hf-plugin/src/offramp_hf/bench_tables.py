@@ -22,9 +22,9 @@ def details(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     }
     if any("peak_memory" in row for row in rows):
         columns["memory"] = lambda r: f"{r['peak_memory'] / 2**20:.0f} MiB" if r.get("peak_memory") else "-"
-    out = Table(title=title, title_justify="left", box=SIMPLE)
+    out = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for n, name in enumerate(columns):
-        out.add_column(name, justify="right" if n else "left", no_wrap=n > 0, overflow="fold")
+        out.add_column(name, justify="right" if n else "left", no_wrap=n > 0)
     for row in rows:
         out.add_row(*(cell(row) for cell in columns.values()))
     return out

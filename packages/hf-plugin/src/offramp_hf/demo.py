@@ -243,7 +243,7 @@ def table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
         "accepted": lambda r: f"{r['accepted']}/{r['drafted']}" if r["drafted"] else "-",
     }
     for n, name in enumerate(columns):
-        out.add_column(name, justify="right" if n else "left", no_wrap=n > 0, overflow="fold")
+        out.add_column(name, justify="right" if n else "left", no_wrap=n > 0)
     for row in rows:
         out.add_row(*(cell(row) for cell in columns.values()))
     return out

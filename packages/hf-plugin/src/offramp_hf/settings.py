@@ -90,7 +90,8 @@ def parse_all(texts: Sequence[str]) -> list[Setting]:
 
 
 def _words(options: Mapping[str, Any]) -> list[str]:
-    return [_short(v) if k in PLAIN else f"{k}={_short(v)}" for k, v in options.items()]
+    given = {k: v for k, v in options.items() if v is not None and v is not False}
+    return [_short(v) if k in PLAIN else f"{k}={_short(v)}" for k, v in given.items()]
 
 
 def _short(value: Any) -> str:

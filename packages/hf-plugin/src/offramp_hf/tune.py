@@ -123,10 +123,10 @@ class Trials:
         is hopeless, or when the exits do not fit the setting.
         """
         pruned = optuna().TrialPruned
-        flag = self.space.suggest(trial)
-        record: dict[str, Any] = {"number": trial.number, "setting": flag}
+        record: dict[str, Any] = {"number": trial.number}
         self.kept.append(record)
         try:
+            record["setting"] = flag = self.space.suggest(trial)
             setting = Setting.of({k: v for k, v in flag.items() if k != "at"})
             with self.space.only(flag["at"]) as exits:
                 ratios, agreements = self.measure(setting, exits)

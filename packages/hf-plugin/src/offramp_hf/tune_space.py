@@ -11,7 +11,7 @@ from typing import Any
 import offramp
 from offramp._registry import lookup
 from offramp.errors import BadArgument
-from offramp.policy import ExitPolicy
+from offramp.policy import ExitPolicy, ThresholdPolicy
 
 #: policies that are tried when none are named: their scores cost least
 POLICIES = ("confidence", "margin", "entropy", "fixed")
@@ -50,7 +50,9 @@ class Space:
         at = [shallow, *more]
         name = trial.suggest_categorical("policy", self.policies)
         ladder = self.ladder(name, at)
-        steps = {d: self.place(trial, f"{name}_{d}", ladder) for d in at} if hasattr(ladder[0], "threshold") else {}
+        steps = (
+            {d: self.place(trial, f"{name}_{d}", ladder) for d in at} if isinstance(ladder[0], ThresholdPolicy) else {}
+        )
         if steps:
             policy = dataclasses.replace(steps[shallow], threshold=tuple(p.threshold for p in steps.values()))
         else:
