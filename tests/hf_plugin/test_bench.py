@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def test_any_model_with_its_exits_prompts_and_settings(folder, tmp_path, quick):
     assert early["saved"] == pytest.approx(0.5 * 10 / 12) and early["agreement"] < 1
     assert early["realised"] is not None and rows["generate"]["realised"] is None
     assert rows["assisted"]["saved"] is None and rows["assistant_early_exit"]["saved"] is not None
-    assert 0 < early["block_share"] < 1 and rows["assistant_early_exit"]["layer"] == 2
+    assert rows["assistant_early_exit"]["layer"] == 2
 
 
 def test_batches_leave_out_what_drafts_for_one_row(folder, tmp_path):
@@ -178,12 +179,26 @@ def test_realised_is_one_when_all_skipped_blocks_pay():
     assert clock.realised({**row, "saved": None}, 0.8) is None and clock.realised({**row, "saved": -0.1}, 0.8) is None
 
 
-def test_block_share_counts_blocks_only(folder):
-    model, _ = load(folder / "model")
-    blocks, prompts = list(model.model.layers), [torch.tensor([[3, 4, 5]])] * 3
-    share = clock.block_share(Generate("a", model, 8), Generate("b", model, 1), blocks, prompts)
-    part = clock.block_share(Generate("a", model, 8), Generate("b", model, 1), blocks[:1], prompts)
-    assert 0 < part < share < 1 and not any(b._forward_hooks for b in blocks)
+def test_block_share_leaves_out_the_prefill_and_what_is_around_blocks():
+    """Four steps of 10 ms in two blocks and 10 ms outside; the first step is the prefill: 30 of 80 ms."""
+
+    class Slow(torch.nn.Module):
+        def forward(self, x):
+            time.sleep(0.005)
+            return x
+
+    blocks = [Slow(), Slow()]
+
+    def steps(n):
+        def way(x):
+            for _ in range(n):
+                blocks[1](blocks[0](x))
+                time.sleep(0.01)
+
+        return way
+
+    share = clock.block_share(steps(4), steps(1), blocks, [torch.ones(1)] * 3)
+    assert 0.25 < share < 0.45 and not any(b._forward_hooks for b in blocks)
 
 
 # ---- the synthetic shape --------------------------------------------------------------------------------------------
@@ -217,7 +232,8 @@ def test_synthetic_rows_are_labelled_and_lossless(tmp_path):
     assert body["acceptance"] == pytest.approx(0.75, abs=0.15) and not body["rows"][2]["identical"]
     assert body["rows"][2]["agreement"] < 1
     assert set(drafted["phases"]) == {"prefill", "low", "deep", "head", "readout", "rest"}
-    assert all(v > 0 for v in drafted["phases"].values()) and body["rows"][0]["phases"]["head"] == 0
+    assert sum(drafted["phases"].values()) > 0 and drafted["phases"]["head"] > 0
+    assert body["rows"][0]["phases"]["head"] == 0
 
 
 def test_shapes_have_names():
@@ -254,7 +270,12 @@ class TIDE:
     def generate(self, input_ids, max_new_tokens=512, temperature=1.0, top_k=50, top_p=0.9):
         return self.model.generate(input_ids, max_new_tokens=max_new_tokens, do_sample=False)
 '''
-DATASETS = "from pathlib import Path\n\ndef load_dataset(path, split, streaming):\n    return iter(Path(path, 'train.jsonl').read_text().splitlines())\n"
+DATASETS = """
+from pathlib import Path
+
+def load_dataset(path, split, streaming):
+    return iter(Path(path, "train.jsonl").read_text().splitlines())
+"""
 
 
 def test_without_the_package_there_is_no_row(monkeypatch):

@@ -133,8 +133,8 @@ def test_thresholds_are_rungs_of_the_policys_ladder_one_per_exit(space):
     assert flag == {"policy": "confidence", "threshold": [0.0, 1.0], "verify": True, "draft": None, "at": [1, 3]}
     fixed = made.suggest(Chosen(shallow=2, exit_3=False, policy="fixed", draft="fixed", length=5))
     assert fixed == {"policy": "fixed", "depth": 2, "verify": True, "draft": 5, "at": [2]}
-    for flag in (flag, fixed):
-        parse_flag({k: v for k, v in flag.items() if k != "at"})
+    for one in (flag, fixed):
+        parse_flag({k: v for k, v in one.items() if k != "at"})
 
 
 def test_lossy_settings_are_suggested_only_when_allowed(space):
