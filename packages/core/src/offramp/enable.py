@@ -18,10 +18,11 @@ from offramp.attach import RECORD, Exits, find, load
 from offramp.calibration import Calibration
 from offramp.calibrator import Certificate
 from offramp.errors import BadArgument, NotAttached, check_options
-from offramp.policy import ExitPolicy
+from offramp.policy import ExitPolicy, SchedulePolicy
+from offramp.schedule import check_schedule
 
 RUN = "_offramp_run"
-KV = ("catch_up", "propagate")
+KV = ("catch_up", "propagate", "schedule")
 
 
 @dataclass
@@ -105,6 +106,7 @@ class Run:
     """A policy enabled on a model; a context manager that disables on leaving."""
 
     def __init__(self, exits: Exits, policy: ExitPolicy, options: Options) -> None:
+        check_schedule(exits, policy, options)
         self.exits, self.policy, self.options = exits, policy, options
         self.model, self.backbone = exits.model, exits.backbone
         self.stats = Stats()
@@ -148,6 +150,13 @@ def make_policy(
 ) -> ExitPolicy:
     """Return a policy from a name with options, an object, a calibration or a config dict, checked against the exits.
     """
+    made = build_policy(policy, **config)
+    made.check(tuple(depths))
+    return made
+
+
+def build_policy(policy: str | ExitPolicy | Calibration | Mapping[str, Any], **config: Any) -> ExitPolicy:
+    """Return a policy from a name with options, an object, a calibration or a config dict."""
     if isinstance(policy, str):
         made: ExitPolicy = create(ExitPolicy, policy, **config)
     else:
@@ -161,7 +170,6 @@ def make_policy(
             made = policy
         else:
             raise BadArgument(f"policy must be a name, a policy or a calibration, not {type(policy).__name__}")
-    made.check(tuple(depths))
     return made
 
 
@@ -182,16 +190,18 @@ def enable(model: nn.Module, policy: str | ExitPolicy | Calibration | None = Non
     policy: a name of `offramp.names(offramp.ExitPolicy)` with its options (`threshold=0.9`), a policy object, a
     `Calibration`, or None for the `early_exit` dict of the model's own config. verify=True: every early token is
     checked by the deep blocks (lossless); draft: longest draft; kv: "catch_up" or "propagate" without verify;
-    strict=True: raise where the full model would be used instead. Raises `NotAttached`, `BadArgument`, `UnknownName`;
-    changes nothing then.
+    "schedule" with position_schedule, which needs no exits; strict=True: raise where the full model would be used
+    instead. Raises `NotAttached`, `BadArgument`, `UnknownName`; changes nothing then.
     """
     if RUN in model.__dict__:
         raise NotAttached("a policy is already enabled on this model; first: run.disable()")
     if policy is None:
         return _enable_flag(model, options)
-    exits = find(model)
-    chosen = {k: options.pop(k) for k in OPTIONS if k in options}
-    run = Run(exits, make_policy(policy, exits.at, **options), Options(**chosen))
+    chosen = Options(**{k: options.pop(k) for k in OPTIONS if k in options})
+    made = build_policy(policy, **options)
+    exits = find(model, needed=not isinstance(made, SchedulePolicy))
+    made.check(exits.at)
+    run = Run(exits, made, chosen)
     if isinstance(policy, Calibration) and policy.certificate is not None:
         _check_promise(exits, policy.certificate)
     return _start(run)
@@ -232,9 +242,12 @@ def _enable_flag(model: nn.Module, options: dict[str, Any]) -> Run:
             'offramp.enable(model, "confidence", threshold=0.9) or set config.early_exit = {"policy": ...}'
         )
     config, chosen, source = parse_flag(flag)
-    exits = find(model) if source is None or attached is not None else load(model, source)
+    made = policy_from(config)
+    needed = not isinstance(made, SchedulePolicy)
+    exits = find(model, needed) if source is None or attached is not None else load(model, source)
     try:
-        run = _start(Run(exits, make_policy(config, exits.at), chosen))
+        made.check(exits.at)
+        run = _start(Run(exits, made, chosen))
         run.loaded = attached is None
         return run
     except BaseException:

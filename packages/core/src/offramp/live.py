@@ -13,7 +13,9 @@ from offramp.attach import Exits
 from offramp.backbone import Observed
 from offramp.blocks import Call, state_of, with_state
 from offramp.errors import BadArgument
+from offramp.policy import SchedulePolicy
 from offramp.record import batches, evaluating
+from offramp.schedule import runs
 
 
 class Live:
@@ -21,10 +23,22 @@ class Live:
 
     data: as for `fit`; the first batch, as it comes, is what `agreement` is measured on. layer_dropout: rate of the
     last block; block l of L has rate * (2^(l / (L - 1)) - 1), drawn per sample (arXiv 2404.16710).
+    schedule: at each place only the blocks that it gives to that generated token change the state (arXiv 2307.02628).
+    Keys and values of places that skip a block stay in it, but only later places look at them, and those skip it too.
     """
 
-    def __init__(self, exits: Exits, data: Any, batch_size: int, seed: int, layer_dropout: float) -> None:
-        self.exits, self.data, self.batch_size = exits, data, batch_size
+    def __init__(
+        self,
+        exits: Exits,
+        data: Any,
+        batch_size: int,
+        seed: int,
+        layer_dropout: float,
+        schedule: SchedulePolicy | None = None,
+    ) -> None:
+        self.exits, self.data, self.batch_size, self.schedule = exits, data, batch_size, schedule
+        #: which blocks run at each place of the batch [batch, token, depth]
+        self.runs: Tensor | None = None
         self.generator = torch.Generator().manual_seed(seed)
         depth = exits.backbone.depth
         self.rates = [layer_dropout * (2 ** (i / max(1, depth - 1)) - 1) for i in range(depth)]
@@ -53,12 +67,14 @@ class Live:
         return {k: v[order] if isinstance(v, Tensor) else v for k, v in self.data.items()}
 
     def observe(self, batch: Any) -> Observed:
-        """Run the model on one batch in train mode, with layer dropout."""
-        model = self.exits.model
-        undo = self.exits.backbone.chain().install(self._block) if any(self.rates) else None
+        """Run the model on one batch in train mode, with layer dropout and schedule."""
+        model, backbone = self.exits.model, self.exits.backbone
+        if self.schedule is not None:
+            self.runs = runs(self.schedule, backbone.generated(batch), backbone.depth)
+        undo = backbone.chain().install(self._block) if any(self.rates) or self.schedule is not None else None
         model.train()
         try:
-            return self.exits.backbone.observe(batch, self.exits.at)
+            return backbone.observe(batch, self.exits.at)
         finally:
             model.eval()
             if undo is not None:
@@ -66,12 +82,14 @@ class Live:
 
     def _block(self, index: int, call: Call) -> Any:
         output, rate = call.run(), self.rates[index]
-        if not rate:
-            return output
-        state = state_of(output)
-        shape = (state.shape[0], *[1] * (state.dim() - 1))
-        keep = torch.rand(shape, generator=self.generator).to(state.device) >= rate
-        return with_state(output, torch.where(keep, state, call.hidden))
+        state = kept = state_of(output)
+        if rate:
+            shape = (state.shape[0], *[1] * (state.dim() - 1))
+            keep = torch.rand(shape, generator=self.generator).to(state.device) >= rate
+            kept = torch.where(keep, state, call.hidden)
+        if self.runs is not None:
+            kept = torch.where(self.runs[..., index, None], kept, call.hidden)
+        return output if kept is state else with_state(output, kept)
 
     @torch.no_grad()
     def agreement(self) -> dict[int, float]:

@@ -17,30 +17,8 @@ from offramp.blocks import Call, Chain, learn_spec
 from offramp.enable import Run
 from offramp.errors import BadArgument, UnsupportedModel
 from offramp.head import HeadContext
+from offramp_hf.backbones._finish import Finish
 from offramp_hf.backbones._windows import check_windows, direct_is_exact
-
-
-class Finish:
-    """What a model does to its logits after the projection: nothing, a scale, or a soft cap."""
-
-    def __init__(self, scale: float = 1.0, cap: float | None = None) -> None:
-        self.scale, self.cap = scale, cap
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Return the finished logits, same shape."""
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
-
-    @classmethod
-    def candidates(cls, config: Any) -> Iterator[Finish]:
-        """Yield what the config allows, the plainest last; which one it is, a probe decides."""
-        if getattr(config, "final_logit_softcapping", None):
-            yield cls(cap=config.final_logit_softcapping)
-        for name, power in (("logit_scale", 1), ("logits_scaling", -1)):
-            if getattr(config, name, None):
-                yield cls(scale=float(getattr(config, name)) ** power)
-        yield cls()
 
 
 def block_list(root: nn.Module, depth: int | None, skip: str = "") -> tuple[str, nn.ModuleList]:
@@ -198,6 +176,15 @@ class Decoder(Backbone):
 
     def observe(self, batch: Any, depths: Sequence[int]) -> Observed:
         """Return one row per token that is not padding; with `labels`, the targets are the next tokens."""
+        return self._observed(*self._rows(batch), depths)
+
+    def generated(self, batch: Any) -> Tensor:
+        """Return which generated token each place [batch, token] predicts: places count from the first that `observe`
+        returns, so what the labels leave out (-100) at the start is the prompt."""
+        return self._rows(batch)[1].long().cumsum(-1) - 1
+
+    def _rows(self, batch: Any) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor | None]:
+        """Return inputs, which places are rows [batch, token], their positions and their targets."""
         inputs = self.batch(batch)
         labels = inputs.pop("labels", None)
         mask = inputs.get("attention_mask")
@@ -208,7 +195,7 @@ class Decoder(Backbone):
             targets = torch.full_like(labels, -100)
             targets[:, :-1] = labels[:, 1:]
             keep = keep & (targets != -100)
-        return self._observed(inputs, keep, position, targets, depths)
+        return inputs, keep, position, targets
 
     def _observed(
         self, inputs: dict[str, Tensor], keep: Tensor, position: Tensor, targets: Tensor | None, depths: Sequence[int]
