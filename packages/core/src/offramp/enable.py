@@ -22,7 +22,9 @@ from offramp.policy import ExitPolicy, SchedulePolicy
 from offramp.schedule import check_schedule
 
 RUN = "_offramp_run"
-KV = ("catch_up", "propagate", "schedule")
+KV = ("catch_up", "propagate", "recompute", "schedule")
+#: most tokens that wait to be recomputed: the bound in EE-LLM's code, where its check is commented out
+WINDOW = 100
 
 
 @dataclass
@@ -33,6 +35,7 @@ class Stats:
     run; nonfinite: looks at an exit that could not stop a row because its evidence was not finite; last_depths: exit
     depth of each row (token) of the last call. Generation adds tokens, rounds (visits of the deepest block), drafted
     and accepted tokens, and projected: blocks of which only keys and values were computed (kv="propagate").
+    A token that runs a block again (kv="recompute") counts again.
     """
 
     rows: int = 0
@@ -80,11 +83,13 @@ class Stats:
 @dataclass(frozen=True)
 class Options:
     """How a policy is run. verify: draft and check (lossless); draft: longest draft, or None to let it adapt; kv: what
-    supplies deeper keys and values when not verifying; strict: raise instead of falling back to the full model."""
+    supplies deeper keys and values when not verifying; window: most tokens that wait for them (None: 100 with
+    kv="recompute", any number with "catch_up"); strict: raise instead of falling back to the full model."""
 
     verify: bool = False
     draft: int | None = None
     kv: str = "catch_up"
+    window: int | None = None
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -93,6 +98,16 @@ class Options:
                 raise BadArgument(f"{name}={getattr(self, name)!r} must be True or False")
         if self.kv not in KV:
             raise BadArgument(f"kv={self.kv!r} is not known; choose one of {', '.join(KV)}")
+        if self.window is not None:
+            if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
+                raise BadArgument(f"window={self.window!r} must be a positive number of tokens, or None")
+            if self.verify or self.kv not in ("catch_up", "recompute"):
+                raise BadArgument(
+                    f'window={self.window} bounds what waits with kv="catch_up" or kv="recompute", without verify; '
+                    f"with kv={self.kv!r}, verify={self.verify} no token waits: leave window out"
+                )
+        elif self.kv == "recompute":
+            object.__setattr__(self, "window", WINDOW)
         if self.draft is not None and (
             isinstance(self.draft, bool) or not isinstance(self.draft, int) or self.draft < 1
         ):
@@ -189,9 +204,10 @@ def enable(model: nn.Module, policy: str | ExitPolicy | Calibration | None = Non
 
     policy: a name of `offramp.names(offramp.ExitPolicy)` with its options (`threshold=0.9`), a policy object, a
     `Calibration`, or None for the `early_exit` dict of the model's own config. verify=True: every early token is
-    checked by the deep blocks (lossless); draft: longest draft; kv: "catch_up" or "propagate" without verify;
-    "schedule" with position_schedule, which needs no exits; strict=True: raise where the full model would be used
-    instead. Raises `NotAttached`, `BadArgument`, `UnknownName`; changes nothing then.
+    checked by the deep blocks (lossless); draft: longest draft; kv: "catch_up", "propagate" or "recompute" without
+    verify, "schedule" with position_schedule, which needs no exits; window: most tokens that wait for the deep blocks;
+    strict=True: raise where the full model would be used instead. Raises `NotAttached`, `BadArgument`, `UnknownName`;
+    changes nothing then.
     """
     if RUN in model.__dict__:
         raise NotAttached("a policy is already enabled on this model; first: run.disable()")

@@ -142,7 +142,9 @@ class ToyBackbone(Backbone):
     def drive(self, run: Run) -> Undo:
         """Exit inside one forward; generation's options have no meaning here and are refused."""
         if run.options.verify or run.options.draft is not None or run.options.kv == "schedule":
-            raise BadArgument("verify, draft and kv need a model that generates; ToyModel gives one answer per call")
+            raise BadArgument(
+                'verify and draft need a model that generates, and so does kv="schedule"; ToyModel answers once per call'
+            )
         return SinglePass(run, self.model.head).install()
 
 
