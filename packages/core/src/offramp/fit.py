@@ -67,14 +67,11 @@ def fit(
     The model's modes and `requires_grad` are put back.
     """
     exits = find(model, needed=schedule is None)
-    loss = ("distill" if schedule is None else "layerskip") if loss is None else loss
     if schedule is not None:
         check_training(schedule, backbone, exits.backbone.depth)
     if steps < 1:
         raise BadArgument(f"steps={steps} trains nothing; give steps=500")
-    if options and not isinstance(loss, str):
-        raise BadArgument(f"options {sorted(options)} go with a loss's name, not with {type(loss).__name__}")
-    objective: Loss = create(Loss, loss, **options) if isinstance(loss, str) else loss
+    objective = _objective(loss or ("distill" if schedule is None else "layerskip"), options)
     started = time.perf_counter()
     grads = {p: p.requires_grad for p in model.parameters()}
     wanted = everything(exits) if backbone else trainable(exits)
@@ -101,6 +98,15 @@ def fit(
             p.requires_grad_(flag)
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _objective(loss: str | Loss, options: dict[str, Any]) -> Loss:
+    if isinstance(loss, str):
+        made: Loss = create(Loss, loss, **options)
+        return made
+    if options:
+        raise BadArgument(f"options {sorted(options)} go with a loss's name, not with {type(loss).__name__}")
+    return loss
 
 
 def trainable(exits: Exits) -> list[nn.Parameter]:

@@ -143,7 +143,7 @@ class ToyBackbone(Backbone):
         """Exit inside one forward; generation's options have no meaning here and are refused."""
         if run.options.verify or run.options.draft is not None or run.options.kv == "schedule":
             raise BadArgument(
-                'verify and draft need a model that generates, and so does kv="schedule"; ToyModel answers once per call'
+                'verify and draft need a model that generates, as does kv="schedule"; ToyModel answers once per call'
             )
         return SinglePass(run, self.model.head).install()
 
