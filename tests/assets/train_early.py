@@ -8,13 +8,13 @@ pycode-5m/heldout.txt; writes config, tokenizer, bf16 safetensors and train.log.
 
 import glob
 import json
+import pydoc_data.topics
 import sys
 import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import pydoc_data.topics
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer

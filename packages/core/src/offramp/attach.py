@@ -163,9 +163,13 @@ def _like(heads: nn.ModuleDict, model: nn.Module) -> None:
     heads.to(device=first.device, dtype=first.dtype)
 
 
-def find(model: nn.Module) -> Exits:
-    """Return the exits on `model`; raises `NotAttached` with the line to write."""
+def find(model: nn.Module, needed: bool = True) -> Exits:
+    """Return the exits on `model`; without any, raises `NotAttached` with the line to write, or, where none are
+    `needed`, returns `Exits` at no depth.
+    """
     exits = model.__dict__.get(RECORD)
+    if exits is None and not needed:
+        return Exits(model, adapt(model), (), "", {})
     if exits is None:
         raise NotAttached(
             f"{type(model).__name__} has no exits attached; first: offramp.attach(model, at=[...]) or "

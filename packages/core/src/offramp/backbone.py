@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
+from offramp.errors import BadArgument
+
 if TYPE_CHECKING:
     from offramp.blocks import Chain
     from offramp.enable import Run
@@ -89,6 +91,13 @@ class Backbone(ABC):
     def observe(self, batch: Any, depths: Sequence[int], whole: bool = False) -> Observed:
         """Run the full model on one batch and return the states at `depths`; nothing changed. Gradients are the
         caller's choice; whole: fill `Observed.whole` too (only where `sequences` is set)."""
+
+    def generated(self, batch: Any) -> Tensor:
+        """Return which generated token, from 0, each place [batch, token] of a batch predicts; prompts are negative.
+        Raises `BadArgument` for models that generate no tokens."""
+        raise BadArgument(
+            f"{type(self.model).__name__} generates no tokens, so its places have no schedule; leave schedule out"
+        )
 
     @abstractmethod
     def drive(self, run: Run) -> Undo:

@@ -20,10 +20,13 @@ from offramp.calibration import Calibration
 from offramp.calibrator import Certificate
 from offramp.draft import DraftRule
 from offramp.errors import BadArgument, NotAttached, check_options
-from offramp.policy import ExitPolicy
+from offramp.policy import ExitPolicy, SchedulePolicy
+from offramp.schedule import check_schedule
 
 RUN = "_offramp_run"
-KV = ("catch_up", "propagate")
+KV = ("catch_up", "propagate", "recompute", "schedule")
+#: most tokens that wait to be recomputed: the bound in EE-LLM's code, where its check is commented out
+WINDOW = 100
 
 
 @dataclass
@@ -34,6 +37,7 @@ class Stats:
     run; nonfinite: looks at an exit that could not stop a row because its evidence was not finite; last_depths: exit
     depth of each row (token) of the last call. Generation adds tokens, rounds (visits of the deepest block), drafted
     and accepted tokens, and projected: blocks of which only keys and values were computed (kv="propagate").
+    A token that runs a block again (kv="recompute") counts again.
     """
 
     rows: int = 0
@@ -82,11 +86,13 @@ class Stats:
 class Options:
     """How a policy is run. verify: draft and check (lossless); draft: the draft rule, as its name, a dict {"rule":
     name, option: value}, a number of tokens, or None to let it adapt; kv: what supplies deeper keys and values when
-    not verifying; strict: raise instead of falling back to the full model."""
+    not verifying; window: most tokens that wait for them (None: 100 with kv="recompute", any number with "catch_up");
+    strict: raise instead of falling back to the full model."""
 
     verify: bool = False
     draft: Any = None
     kv: str = "catch_up"
+    window: int | None = None
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -95,6 +101,16 @@ class Options:
                 raise BadArgument(f"{name}={getattr(self, name)!r} must be True or False")
         if self.kv not in KV:
             raise BadArgument(f"kv={self.kv!r} is not known; choose one of {', '.join(KV)}")
+        if self.window is not None:
+            if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
+                raise BadArgument(f"window={self.window!r} must be a positive number of tokens, or None")
+            if self.verify or self.kv not in ("catch_up", "recompute"):
+                raise BadArgument(
+                    f'window={self.window} bounds what waits with kv="catch_up" or kv="recompute", without verify; '
+                    f"with kv={self.kv!r}, verify={self.verify} no token waits: leave window out"
+                )
+        elif self.kv == "recompute":
+            object.__setattr__(self, "window", WINDOW)
         if self.draft is not None:
             draft_from(self.draft)  # an unknown rule or option is refused here
 
@@ -106,6 +122,7 @@ class Run:
     """A policy enabled on a model; a context manager that disables on leaving."""
 
     def __init__(self, exits: Exits, policy: ExitPolicy, options: Options) -> None:
+        check_schedule(exits, policy, options)
         self.exits, self.policy, self.options = exits, policy, options
         self.model, self.backbone = exits.model, exits.backbone
         self.stats = Stats()
@@ -156,6 +173,13 @@ def make_policy(
 ) -> ExitPolicy:
     """Return a policy from a name with options, an object, a calibration or a config dict, checked against the exits.
     """
+    made = build_policy(policy, **config)
+    made.check(tuple(depths))
+    return made
+
+
+def build_policy(policy: str | ExitPolicy | Calibration | Mapping[str, Any], **config: Any) -> ExitPolicy:
+    """Return a policy from a name with options, an object, a calibration or a config dict."""
     if isinstance(policy, str):
         made: ExitPolicy = create(ExitPolicy, policy, **config)
     else:
@@ -169,7 +193,6 @@ def make_policy(
             made = policy
         else:
             raise BadArgument(f"policy must be a name, a policy or a calibration, not {type(policy).__name__}")
-    made.check(tuple(depths))
     return made
 
 
@@ -190,7 +213,8 @@ def enable(model: nn.Module, policy: str | ExitPolicy | Calibration | None = Non
     policy: a name of `offramp.names(offramp.ExitPolicy)` with its options (`threshold=0.9`), a policy object, a
     `Calibration`, or None for the `early_exit` dict of the model's own config. verify=True: every early token is
     checked by the deep blocks (lossless); draft: a rule of `offramp.names(offramp.DraftRule)`, with options as
-    {"rule": name, ...}, or a number of tokens; kv: "catch_up" or "propagate" without verify;
+    {"rule": name, ...}, or a number of tokens; kv: "catch_up", "propagate" or "recompute" without verify, "schedule"
+    with position_schedule, which needs no exits; window: most tokens that wait for the deep blocks;
     strict=True: raise where the full model would be used instead. Raises `NotAttached`, `BadArgument`, `UnknownName`;
     changes nothing then.
     """
@@ -198,9 +222,11 @@ def enable(model: nn.Module, policy: str | ExitPolicy | Calibration | None = Non
         raise NotAttached("a policy is already enabled on this model; first: run.disable()")
     if policy is None:
         return _enable_flag(model, options)
-    exits = find(model)
-    chosen = {k: options.pop(k) for k in OPTIONS if k in options}
-    run = Run(exits, make_policy(policy, exits.at, **options), Options(**chosen))
+    chosen = Options(**{k: options.pop(k) for k in OPTIONS if k in options})
+    made = build_policy(policy, **options)
+    exits = find(model, needed=not isinstance(made, SchedulePolicy))
+    made.check(exits.at)
+    run = Run(exits, made, chosen)
     if isinstance(policy, Calibration) and policy.certificate is not None:
         _check_promise(exits, policy.certificate)
     return _start(run)
@@ -241,9 +267,12 @@ def _enable_flag(model: nn.Module, options: dict[str, Any]) -> Run:
             'offramp.enable(model, "confidence", threshold=0.9) or set config.early_exit = {"policy": ...}'
         )
     config, chosen, source = parse_flag(flag)
-    exits = find(model) if source is None or attached is not None else load(model, source)
+    made = policy_from(config)
+    needed = not isinstance(made, SchedulePolicy)
+    exits = find(model, needed) if source is None or attached is not None else load(model, source)
     try:
-        run = _start(Run(exits, make_policy(config, exits.at), chosen))
+        made.check(exits.at)
+        run = _start(Run(exits, made, chosen))
         run.loaded = attached is None
         return run
     except BaseException:

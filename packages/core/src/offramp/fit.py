@@ -18,7 +18,9 @@ from offramp.enable import paused
 from offramp.errors import BadArgument
 from offramp.live import Live
 from offramp.loss import Loss
+from offramp.policy import SchedulePolicy
 from offramp.record import batches, evaluating, track
+from offramp.schedule import check_training
 
 #: states of the data are kept in memory up to this many bytes; `fit` warns and leaves out the data beyond it
 CACHE_BYTES = 4 << 30
@@ -40,7 +42,7 @@ def fit(
     model: nn.Module,
     data: Any,
     *,
-    loss: str | Loss = "distill",
+    loss: str | Loss | None = None,
     steps: int = 500,
     lr: float = 1e-3,
     batch_size: int = 8,
@@ -49,6 +51,7 @@ def fit(
     progress: bool = True,
     backbone: bool = False,
     layer_dropout: float = 0.0,
+    schedule: SchedulePolicy | None = None,
     weight_decay: float = 0.0,
     **options: Any,
 ) -> FitReport:
@@ -57,15 +60,18 @@ def fit(
     data: as the model takes it (labels only for loss="labels"); batch_size: rows of the model's own input per
     forward; rows: samples (tokens) per step; lr: AdamW's, cosine to zero with 5 % warm-up; options: the loss's
     (`temperature`, `weighting`, ...). backbone: train the model too, on one batch per step (`rows` has no meaning
-    then); layer_dropout: rate of the last block, per sample, rising with depth (arXiv 2404.16710). Raises
-    `NotAttached`, `UnknownName`, `BadArgument`. The model's modes and `requires_grad` are put back.
+    then); layer_dropout: rate of the last block, per sample, rising with depth (arXiv 2404.16710);
+    schedule: a policy such as position_schedule that the model is trained to be decoded with (then exits are not
+    needed; labels of -100 mark the prompt, and without labels the first token is the prompt). loss: None is "distill",
+    with a schedule "layerskip", which also trains the last layer. Raises `NotAttached`, `UnknownName`, `BadArgument`.
+    The model's modes and `requires_grad` are put back.
     """
-    exits = find(model)
+    exits = find(model, needed=schedule is None)
+    if schedule is not None:
+        check_training(schedule, backbone, exits.backbone.depth)
     if steps < 1:
         raise BadArgument(f"steps={steps} trains nothing; give steps=500")
-    if options and not isinstance(loss, str):
-        raise BadArgument(f"options {sorted(options)} go with a loss's name, not with {type(loss).__name__}")
-    objective: Loss = create(Loss, loss, **options) if isinstance(loss, str) else loss
+    objective = _objective(loss or ("distill" if schedule is None else "layerskip"), options)
     started = time.perf_counter()
     grads = {p: p.requires_grad for p in model.parameters()}
     wanted = everything(exits) if backbone else trainable(exits)
@@ -81,7 +87,7 @@ def fit(
             p.requires_grad_(False)
         with evaluating(model), paused(model):
             if backbone or exits.mixes:
-                source: Any = Live(exits, data, batch_size, seed, layer_dropout, frozen=not backbone)
+                source: Any = Live(exits, data, batch_size, seed, layer_dropout, schedule, frozen=not backbone)
             else:
                 source = _States(exits, data, batch_size, rows, seed)
             report.before = source.agreement()
@@ -92,6 +98,15 @@ def fit(
             p.requires_grad_(flag)
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _objective(loss: str | Loss, options: dict[str, Any]) -> Loss:
+    if isinstance(loss, str):
+        made: Loss = create(Loss, loss, **options)
+        return made
+    if options:
+        raise BadArgument(f"options {sorted(options)} go with a loss's name, not with {type(loss).__name__}")
+    return loss
 
 
 def trainable(exits: Exits) -> list[nn.Parameter]:

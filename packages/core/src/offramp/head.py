@@ -79,7 +79,8 @@ class ExitHead(nn.Module):
     @classmethod
     @abstractmethod
     def build(cls, tap: Tap, base: HeadContext, *args: Any, **config: Any) -> ExitHead:
-        """Build the head for one tap; untrained, it must be the backbone's own readout of that state (logit lens)."""
+        """Build the head for one tap; untrained, it must be the backbone's own readout of that state (logit lens),
+        unless its option init="random" asks for another start."""
 
     @abstractmethod
     def forward(self, hidden: Tensor) -> Tensor:

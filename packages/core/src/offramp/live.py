@@ -13,21 +13,35 @@ from offramp.attach import Exits
 from offramp.backbone import Observed
 from offramp.blocks import Call, state_of, with_state
 from offramp.errors import BadArgument
+from offramp.policy import SchedulePolicy
 from offramp.record import batches, evaluating
+from offramp.schedule import runs
 
 
 class Live:
     """Observations batch by batch, endlessly; a tensor or mapping of tensors is shuffled anew each time round.
 
     data: as for `fit`; the first batch, as it comes, is what `agreement` is measured on. layer_dropout: rate of the
-    last block; block l of L has rate * (2^(l / (L - 1)) - 1), drawn per sample (arXiv 2404.16710). frozen: only the
-    heads are trained, the model runs without gradients and in eval mode.
+    last block; block l of L has rate * (2^(l / (L - 1)) - 1), drawn per sample (arXiv 2404.16710).
+    schedule: at each place only the blocks that it gives to that generated token change the state (arXiv 2307.02628).
+    Keys and values of places that skip a block stay in it, but only later places look at them, and those skip it too.
+    frozen: only the heads are trained, the model runs without gradients and in eval mode.
     """
 
     def __init__(
-        self, exits: Exits, data: Any, batch_size: int, seed: int, layer_dropout: float, frozen: bool = False
+        self,
+        exits: Exits,
+        data: Any,
+        batch_size: int,
+        seed: int,
+        layer_dropout: float,
+        schedule: SchedulePolicy | None = None,
+        frozen: bool = False,
     ) -> None:
-        self.exits, self.data, self.batch_size, self.frozen = exits, data, batch_size, frozen
+        self.exits, self.data, self.batch_size, self.schedule = exits, data, batch_size, schedule
+        self.frozen = frozen
+        #: which blocks run at each place of the batch [batch, token, depth]
+        self.runs: Tensor | None = None
         self.generator = torch.Generator().manual_seed(seed)
         depth = exits.backbone.depth
         self.rates = [layer_dropout * (2 ** (i / max(1, depth - 1)) - 1) for i in range(depth)]
@@ -56,15 +70,17 @@ class Live:
         return {k: v[order] if isinstance(v, Tensor) else v for k, v in self.data.items()}
 
     def observe(self, batch: Any) -> Observed:
-        """Run the model on one batch; not frozen, in train mode and with layer dropout."""
-        model, at, mixes = self.exits.model, self.exits.at, self.exits.mixes
+        """Run the model on one batch; not frozen, in train mode, with layer dropout and schedule."""
+        model, backbone, at, mixes = self.exits.model, self.exits.backbone, self.exits.at, self.exits.mixes
         if self.frozen:
             with torch.no_grad():
-                return self.exits.backbone.observe(batch, at, mixes)
-        undo = self.exits.backbone.chain().install(self._block) if any(self.rates) else None
+                return backbone.observe(batch, at, mixes)
+        if self.schedule is not None:
+            self.runs = runs(self.schedule, backbone.generated(batch), backbone.depth)
+        undo = backbone.chain().install(self._block) if any(self.rates) or self.schedule is not None else None
         model.train()
         try:
-            return self.exits.backbone.observe(batch, at, mixes)
+            return backbone.observe(batch, at, mixes)
         finally:
             model.eval()
             if undo is not None:
@@ -72,12 +88,14 @@ class Live:
 
     def _block(self, index: int, call: Call) -> Any:
         output, rate = call.run(), self.rates[index]
-        if not rate:
-            return output
-        state = state_of(output)
-        shape = (state.shape[0], *[1] * (state.dim() - 1))
-        keep = torch.rand(shape, generator=self.generator).to(state.device) >= rate
-        return with_state(output, torch.where(keep, state, call.hidden))
+        state = kept = state_of(output)
+        if rate:
+            shape = (state.shape[0], *[1] * (state.dim() - 1))
+            keep = torch.rand(shape, generator=self.generator).to(state.device) >= rate
+            kept = torch.where(keep, state, call.hidden)
+        if self.runs is not None:
+            kept = torch.where(self.runs[..., index, None], kept, call.hidden)
+        return output if kept is state else with_state(output, kept)
 
     @torch.no_grad()
     def agreement(self) -> dict[int, float]:

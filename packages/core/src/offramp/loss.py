@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from offramp.errors import UnknownName, did_you_mean
+from offramp.errors import BadArgument, UnknownName, did_you_mean
 
 #: targets with this value are left out, as everywhere in torch and transformers
 IGNORE = -100
@@ -26,6 +26,8 @@ def weigh(losses: Sequence[Tensor], weighting: str) -> Tensor:
     sum (1, 3, 6, ...: deep exits most)."""
     if weighting not in WEIGHTINGS:
         raise UnknownName(f"no weighting is called {weighting!r};{did_you_mean(weighting, WEIGHTINGS)}")
+    if not losses:
+        raise BadArgument('this loss trains exits, and there are none; attach some, or train with loss="layerskip"')
     raw = WEIGHTINGS[weighting](len(losses))
     stacked = torch.stack(list(losses))
     return (stacked * stacked.new_tensor(raw)).sum() / sum(raw)

@@ -126,6 +126,19 @@ class ExitPolicy(ABC):
         return out
 
 
+class SchedulePolicy(ExitPolicy):
+    """A policy that says from the position alone which blocks run; decoded with kv="schedule", where no head is asked.
+
+    The blocks of a position must be among those of every earlier one: each block that runs then holds keys and values
+    of all tokens before, and none is computed again or copied.
+    """
+
+    @abstractmethod
+    def windows(self, position: int, depth: int) -> tuple[tuple[int, int], ...]:
+        """Return the windows (start, stop) of blocks that run, shallow first, for generated token `position` (from 0)
+        of a model of `depth` blocks; raises `BadArgument` when the model is too shallow."""
+
+
 #: thresholds of scores up to 1, safest first: steps of 0.01, finer where trained heads and cosines crowd just below 1
 UNIT_GRID = (1.0, 0.9999, 0.9998, 0.9995, 0.999, 0.998, 0.995, *(round(0.99 - 0.01 * j, 2) for j in range(100)))
 

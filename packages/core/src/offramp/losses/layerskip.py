@@ -57,7 +57,7 @@ class LayerSkip(Loss):
             done = min(1.0, 2 * (step + 1) / steps)
             return range(count - max(1, math.ceil(done * count)), count)
         if self.curriculum == "rotational":
-            turn = min(self.rotation, count)
+            turn = max(1, min(self.rotation, count))
             return range(step % turn, count, turn)
         return range(count)
 

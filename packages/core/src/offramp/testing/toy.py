@@ -141,8 +141,10 @@ class ToyBackbone(Backbone):
 
     def drive(self, run: Run) -> Undo:
         """Exit inside one forward; generation's options have no meaning here and are refused."""
-        if run.options.verify or run.options.draft is not None:
-            raise BadArgument("verify and draft need a model that generates; ToyModel gives one answer per call")
+        if run.options.verify or run.options.draft is not None or run.options.kv == "schedule":
+            raise BadArgument(
+                'verify and draft need a model that generates, as does kv="schedule"; ToyModel answers once per call'
+            )
         return SinglePass(run, self.model.head).install()
 
 

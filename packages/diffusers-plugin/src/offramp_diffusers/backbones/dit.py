@@ -16,7 +16,7 @@ from offramp.enable import Run, paused
 from offramp.engine import LOGITS, SinglePass
 from offramp.errors import BadArgument, UnsupportedModel
 from offramp.head import HeadContext
-from offramp.policy import ExitPolicy
+from offramp.policy import ExitPolicy, SchedulePolicy
 from offramp.record import evaluating
 from offramp_diffusers.heads.passthrough import Passthrough
 
@@ -119,7 +119,7 @@ def _fitting(run: Run) -> list[str]:
             example = lookup(ExitPolicy, name).example(run.exits.at, 0)
         except (BadArgument, TypeError):  # a third party's policy that cannot be made from nothing
             continue
-        if not example.statistics() & LOGITS:
+        if not example.statistics() & LOGITS and not isinstance(example, SchedulePolicy):
             found.append(name)
     return found
 

@@ -177,6 +177,15 @@ class Decoder(Backbone):
 
     def observe(self, batch: Any, depths: Sequence[int], whole: bool = False) -> Observed:
         """Return one row per token that is not padding; with `labels`, the targets are the next tokens."""
+        return self._observed(*self._rows(batch), depths, whole)
+
+    def generated(self, batch: Any) -> Tensor:
+        """Return which generated token each place [batch, token] predicts: places count from the first that `observe`
+        returns, so what the labels leave out (-100) at the start is the prompt."""
+        return self._rows(batch)[1].long().cumsum(-1) - 1
+
+    def _rows(self, batch: Any) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor | None]:
+        """Return inputs, which places are rows [batch, token], their positions and their targets."""
         inputs = self.batch(batch)
         labels = inputs.pop("labels", None)
         mask = inputs.get("attention_mask")
@@ -187,7 +196,7 @@ class Decoder(Backbone):
             targets = torch.full_like(labels, -100)
             targets[:, :-1] = labels[:, 1:]
             keep = keep & (targets != -100)
-        return self._observed(inputs, keep, position, targets, depths, whole)
+        return inputs, keep, position, targets
 
     def _observed(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from offramp.backbone import Observed
 from offramp.blocks import Call, Chain
 from offramp.errors import BadArgument, OfframpError, UnsupportedModel
 from offramp_hf.backbones._windows import check_windows
@@ -226,7 +225,7 @@ class EncoderDecoder(Decoder):
             )
         return super().batch(batch)
 
-    def observe(self, batch: Any, depths: Sequence[int], whole: bool = False) -> Observed:
+    def _rows(self, batch: Any) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor | None]:
         """Return one row per decoder token that is not padding; with `labels`, the targets are the labels."""
         inputs = self.batch(batch)
         labels = inputs.pop("labels", None)
@@ -238,7 +237,7 @@ class EncoderDecoder(Decoder):
             keep = keep & (labels != -100)
             if pad is not None and pad != getattr(self.model.config, "eos_token_id", None):
                 keep = keep & (labels != pad)
-        return self._observed(inputs, keep, position, labels, depths, whole)
+        return inputs, keep, position, labels
 
     def _real(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return which decoder tokens [batch, token] are no padding: by their mask, else by the pads that end a row."""

@@ -18,6 +18,7 @@ from offramp_hf.cache import WindowCache, borrowed, why_not
 from offramp_hf.decode.choose import Chooser
 from offramp_hf.decode.early import Early
 from offramp_hf.decode.rows import Rows
+from offramp_hf.decode.schedule import Schedule
 from offramp_hf.decode.verified import Verified
 
 
@@ -112,6 +113,9 @@ class Call:
         reason = _compat.why_not_call(generation_config, logits_processor, model_kwargs, input_ids)
         held = longest + _compat.older_tokens(generation_config, model_kwargs, input_ids)
         reason = reason or _compat.why_not_rope(model, held) or why_not(cache, backbone.depth, held)
+        wanted = generation_config.return_dict_in_generate or getattr(whole, "_is_user_defined", False)
+        if wanted and self.run.options.kv == "schedule":
+            reason = reason or "a cache to keep (past_key_values, return_dict_in_generate) with skipped blocks missing"
         if reason is not None:
             self.owner.fall_back(reason, self.run.options, 7)
             return _compat.own_loop(
@@ -123,7 +127,6 @@ class Call:
         ]
         rows = Rows(input_ids, stopping_criteria, longest, generation_config._pad_token_tensor, self.streamer, keep)
         chooser = Chooser(logits_processor, generation_config.do_sample)
-        wanted = generation_config.return_dict_in_generate or getattr(whole, "_is_user_defined", False)
         with borrowed(cache, backbone.depth, wanted) as window:
             model_kwargs["past_key_values"] = _compat.with_self_cache(model_kwargs, window)
             self.loop(model, rows, chooser, generation_config, model_kwargs, window, wanted)
@@ -158,7 +161,8 @@ class Call:
         mask, extra = _compat.step_inputs(inputs)
         padded = mask is not None and not bool(mask.all())
         runner = backbone.runner(cache, rows.batch, padded, extra)
-        driver = (Verified if run.options.verify else Early)(
+        kind = Verified if run.options.verify else Schedule if run.options.kv == "schedule" else Early
+        driver = kind(
             run, rows, chooser, runner, cache, mask if padded else None
         )
         with runner.running():
