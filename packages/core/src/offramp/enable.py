@@ -18,6 +18,7 @@ from offramp.attach import RECORD, Exits, find, load
 from offramp.calibration import Calibration
 from offramp.calibrator import Certificate
 from offramp.errors import BadArgument, NotAttached, check_options
+from offramp.head import gated
 from offramp.policy import ExitPolicy
 
 RUN = "_offramp_run"
@@ -105,6 +106,8 @@ class Run:
     """A policy enabled on a model; a context manager that disables on leaving."""
 
     def __init__(self, exits: Exits, policy: ExitPolicy, options: Options) -> None:
+        if "gate" in policy.statistics():
+            gated(exits, trained=True)
         self.exits, self.policy, self.options = exits, policy, options
         self.model, self.backbone = exits.model, exits.backbone
         self.stats = Stats()

@@ -126,10 +126,10 @@ def _train(
     with torch.enable_grad():
         for step, seen in zip(track(range(steps), "fit exits", progress, steps), source, strict=False):
             active = objective.active(step, steps, len(exits))
-            answers = [exits[exits.at[i]](seen.hidden[i]) for i in active]
             with torch.set_grad_enabled(seen.final.requires_grad):
                 final = exits.backbone.context().readout(seen.final)
-            value = objective(answers, final, seen.targets, active, len(exits))
+            answers, targets = objective.read(exits, seen.hidden, final, seen.targets, active)
+            value = objective(answers, final, targets, active, len(exits))
             optimizer.zero_grad()
             value.backward()
             torch.nn.utils.clip_grad_norm_(wanted, 1.0)

@@ -62,12 +62,14 @@ class ExitTraining(nn.Module):
         with torch.no_grad(), paused(self.model):
             seen = exits.backbone.observe({k: v for k, v in batch.items() if k in self._takes}, exits.at)
             final = exits.backbone.context().readout(seen.final)
-        answers = [exits[d](h) for d, h in zip(exits.at, seen.hidden, strict=True)]
+        answers, targets = self.objective.read(exits, seen.hidden, final, seen.targets, range(len(exits)))
         rows = len(final)
         # a process may have no labelled row; its heads still take part in the exchange of gradients
-        loss = self.objective(answers, final, seen.targets) if rows else sum(a.sum() for a in answers) * 0.0
+        loss: Any = self.objective(answers, final, targets) if rows else sum(a.sum() for a in answers) * 0.0
         if self.training:
             return {"loss": loss * _share(rows, final.device)}
+        if self.objective.gate:  # of the readouts, which this loss leaves as they are
+            answers = [exits[d](h) for d, h in zip(exits.at, seen.hidden, strict=True)]
         return {"loss": loss, **_agreement(answers, final, seen)}
 
 

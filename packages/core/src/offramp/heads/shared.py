@@ -24,6 +24,12 @@ class Shared(ExitHead):
         """Take the backbone's readout."""
         return cls(base)
 
+    def features(self, hidden: Tensor) -> Tensor:
+        """Return what the backbone's projection reads, [..., width]."""
+        base: HeadContext = self.__dict__["base"]
+        out: Tensor = base.norm(hidden)
+        return out
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Map hidden [..., width] to logits [..., classes]."""
         base: HeadContext = self.__dict__["base"]

@@ -41,8 +41,13 @@ class Translator(ExitHead):
         """Start as the logit lens."""
         return cls(base, rank, act)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Map hidden [..., width] to logits [..., classes]."""
+    def features(self, hidden: Tensor) -> Tensor:
+        """Return what the backbone's projection reads, [..., width]."""
         inner = self.down(hidden)
         moved = hidden + self.up(nn.functional.silu(inner) if self.act == "silu" else inner)
-        return self.unembed(self.exit_norm(moved))
+        out: Tensor = self.exit_norm(moved)
+        return out
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map hidden [..., width] to logits [..., classes]."""
+        return self.unembed(self.features(hidden))

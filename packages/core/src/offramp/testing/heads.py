@@ -10,6 +10,7 @@ from torch import nn
 
 from offramp.attach import Exits, attach
 from offramp.fit import trainable
+from offramp.head import ask_in_turn, gated
 from offramp.testing import ContractError
 from offramp.testing.toy import ToyModel, toy_plugin
 
@@ -103,7 +104,10 @@ def _gradient(exits: Exits) -> None:
         for p in flags:
             p.requires_grad_(any(p is w for w in wanted))
         with torch.enable_grad():
-            out = sum(exits[depth](_states(exits, 4)).square().mean() for depth in exits)
+            hidden = _states(exits, 4)
+            out = sum(exits[depth](hidden).square().mean() for depth in exits)
+            if type(exits[1]).gates:  # a gate acts beside the prediction
+                out = out + sum(g.mean() for g in ask_in_turn(gated(exits), [hidden, hidden], exits[1](hidden))[0])
             if not isinstance(out, torch.Tensor) or not out.requires_grad:
                 raise ContractError(f"head {exits.head!r}: none of its own weights gets a gradient")
             found = torch.autograd.grad(out, wanted, allow_unused=True)

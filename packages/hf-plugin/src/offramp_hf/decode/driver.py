@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from offramp.enable import Run
-from offramp.engine import look
+from offramp.engine import LOGITS, look
 from offramp.head import ExitHead
 from offramp.policy import Evidence
 from offramp_hf.cache import WindowCache
@@ -89,8 +89,8 @@ class Driver:
     def look(self, index: int, state: Tensor, previous: Tensor | None, position: Tensor) -> Evidence:
         """Return the evidence of exit `index` for the newest tokens. state: [batch, 1, width]."""
         hidden = state[:, -1]
-        prediction = self.heads[index](hidden) if self.needs - {"cosine"} else None
-        return look(self.run, index, hidden, previous, position, prediction)
+        prediction = self.heads[index](hidden) if self.needs & LOGITS else None
+        return look(self.run, index, hidden, previous, position, prediction, self.rows.depths)
 
     def positions(self) -> Tensor:
         """Return how many tokens each row has generated, int64 [batch]."""
