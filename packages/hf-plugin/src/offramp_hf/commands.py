@@ -1,4 +1,4 @@
-"""Commands for language models: `offramp demo lm`, `bench lm|wide|encoder`, `fit lm`, `record lm`, `generate lm`."""
+"""Commands for language models: `offramp demo lm`, `bench lm|wide|encoder|gate`, `fit lm`, `record lm`, `generate lm`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def add(app: typer.Typer) -> None:
         ("bench", "lm"): bench_lm,
         ("bench", "wide"): bench_wide,
         ("bench", "encoder"): bench_encoder,
+        ("bench", "gate"): bench_gate,
         ("fit", "lm"): fit_lm,
         ("record", "lm"): record_lm,
         ("generate", "lm"): generate_lm,
@@ -93,6 +94,20 @@ def bench_encoder(
     from offramp_hf.bench_shapes import encoder
 
     write_json(out, encoder(width, batch, length, repeats, console()))
+
+
+def bench_gate(
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of the gates.")] = 300,
+    rows: Annotated[int, typer.Option(min=1, help="Tokens per training step.")] = 256,
+    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts to measure on.")] = 8,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 64,
+    layers: Annotated[int, typer.Option(min=1, help="Depths of the offline schedule.")] = 4,
+    out: Json = None,
+) -> None:
+    """Measure what speculative gates cost per token, and what they save."""
+    from offramp_hf.bench_gate import gate
+
+    write_json(out, gate(steps, rows, prompts, new_tokens, layers, console()))
 
 
 def fit_lm(
