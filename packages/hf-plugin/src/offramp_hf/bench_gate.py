@@ -81,6 +81,8 @@ def overhead(model: Any, prompts: Tensor, policy: Any, new_tokens: int = 64, **o
     after the same text. Needs a device whose calls return when they are done (a CPU).
     """
     stats, total, same, early = offramp.Stats(), dict[str, float](), 0, 0
+    with offramp.enable(model, policy, **options):
+        _clocked(model, prompts[:1], 2)  # the first call probes how blocks can be run
     for prompt in prompts.split(1):
         with offramp.enable(model, policy, **options) as run:
             run.stats = stats
@@ -125,7 +127,8 @@ def gate(steps: int, rows: int, prompts: int, new_tokens: int, layers: int, cons
         policy = offramp.policy("speculative_gate")
         chosen = busiest(offramp.record(model, cut[:half][::8]), policy, layers)
         table: list[dict[str, Any]] = []
-        ways = {"all": {}, "offline": {"layers": chosen}, "offline + online": {"layers": chosen, "online": True}}
+        both = {"layers": chosen, "online": True}
+        ways: dict[str, dict[str, Any]] = {"all": {}, "offline": {"layers": chosen}, "offline + online": both}
         for name, options in ways.items():
             found = overhead(
                 model, cut[half:][:prompts, :PROMPT], offramp.policy("speculative_gate", **options), new_tokens

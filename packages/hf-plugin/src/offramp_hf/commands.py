@@ -1,4 +1,4 @@
-"""Commands for language models: `offramp demo lm`, `bench lm|wide|encoder|gate`, `fit lm`, `record lm`, `generate lm`."""
+"""Commands for language models: `offramp demo|fit|record|generate lm` and `bench lm|wide|encoder|gate`."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class SpeculativeGateLoss(Loss):
         return ask_in_turn(heads, [h.detach() for h in hidden], answers[0])[0], hits
 
     def each(self, predictions: Sequence[Tensor], final: Tensor, targets: Tensor | None) -> list[Tensor]:
-        """Return one cross-entropy per exit. predictions: K logits [rows]; targets: [rows, K], whether each is right."""
+        """Return one cross-entropy per exit. predictions: K logits [rows]; targets: [rows, K], whether right."""
         if targets is None:
             raise BadArgument("loss 'speculative_gate' needs to know which exits are right: targets [rows, exits]")
         wanted = targets.float().unbind(1)
