@@ -89,6 +89,15 @@ def test_the_gate_loss_trains_gates_alone_and_distilling_the_readout_alone(model
     assert len(trainable(exits)) == 2 * 6  # a norm and two layers, each with a bias
 
 
+def test_a_loss_that_has_nothing_to_train_says_so(model, data):
+    offramp.attach(model, [2], head="speculative", candidates=2, inner="shared")
+    with pytest.raises(BadArgument, match="no weights of its own to train here"):
+        offramp.fit(model, data, loss="distill", steps=1, progress=False)
+    with pytest.raises(BadArgument, match="teaches gates about a model as it is; leave backbone=True out"):
+        offramp.fit(model, data, loss="speculative_gate", backbone=True, steps=1, progress=False)
+    assert offramp.fit(model, data, loss="speculative_gate", steps=2, rows=64, progress=False).losses
+
+
 def test_gates_are_saved_and_detaching_is_exact(model, data, tmp_path):
     before, keys = model(data), list(model.state_dict())
     options = {"candidates": 2, "hidden": 8, "inner": "translator", "options": {"rank": 3}}

@@ -78,7 +78,7 @@ def test_blocks_gates_and_heads_that_run(model, exits, one):
         greedy(model, one)  # the first call probes how blocks can be run
     blocks, heads, fired = [0], [0], [0]
     for block in model.model.layers:
-        block.register_forward_hook(lambda m, args, out: blocks.__setitem__(0, blocks[0] + 1))
+        block.mlp.register_forward_hook(lambda m, args, out: blocks.__setitem__(0, blocks[0] + 1))
     for depth in AT:
         exits[depth].register_forward_hook(lambda m, args, out: heads.__setitem__(0, heads[0] + 1))
 

@@ -16,6 +16,7 @@ from offramp.attach import Exits, find
 from offramp.backbone import Observed
 from offramp.enable import paused
 from offramp.errors import BadArgument
+from offramp.head import gated
 from offramp.live import Live
 from offramp.loss import Loss
 from offramp.record import batches, evaluating, track
@@ -68,11 +69,13 @@ def fit(
     objective: Loss = create(Loss, loss, **options) if isinstance(loss, str) else loss
     started = time.perf_counter()
     grads = {p: p.requires_grad for p in model.parameters()}
-    wanted = everything(exits) if backbone else trainable(exits)
+    wanted = everything(exits) if backbone else trainable(exits, objective.gate)
     if not wanted:
         raise BadArgument(
             f"head {exits.head!r} has no weights of its own to train here; use head='translator', or backbone=True"
         )
+    if backbone and objective.gate:
+        raise BadArgument(f"loss={loss!r} teaches gates about a model as it is; leave backbone=True out")
     if not 0 <= layer_dropout < 1 or (layer_dropout and not backbone):
         raise BadArgument(f"layer_dropout={layer_dropout!r} is a rate from 0 to 1 for training with backbone=True")
     report = FitReport()
@@ -94,10 +97,15 @@ def fit(
     return report
 
 
-def trainable(exits: Exits) -> list[nn.Parameter]:
-    """Return the heads' own parameters: not those shared with the backbone, nor base weights under LoRA."""
+def trainable(exits: Exits, gate: bool | None = None) -> list[nn.Parameter]:
+    """Return the heads' own parameters: not those shared with the backbone, nor base weights under LoRA.
+
+    gate: only those of the gates (True), all but those (False), or all. Raises `BadArgument` for heads without gates.
+    """
+    gates = type(gated(exits)[0] if gate else exits[exits.at[0]]).gates
     base = {id(p) for name, p in exits.model.named_parameters(remove_duplicate=False) if not name.startswith("exits.")}
-    return [p for name, p in exits.modules.named_parameters() if id(p) not in base and ".base_layer." not in name]
+    own = {n: p for n, p in exits.modules.named_parameters() if id(p) not in base and ".base_layer." not in n}
+    return [p for n, p in own.items() if gate is None or n.partition(".")[2].startswith(gates) is gate]
 
 
 def everything(exits: Exits) -> list[nn.Parameter]:

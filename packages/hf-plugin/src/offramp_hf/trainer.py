@@ -187,10 +187,11 @@ def train(
     try:
         for p in flags:
             p.requires_grad_(False)
-        for p in trainable(exits):
+        objective: Loss = create(Loss, loss, **options) if isinstance(loss, str) else loss
+        for p in trainable(exits, objective.gate):
             p.requires_grad_(True)
         more = {"train_dataset": dataset, "eval_dataset": eval_dataset, **(trainer or {})}
-        runner = ExitTrainer(model, args, loss=loss, options=options, **more)
+        runner = ExitTrainer(model, args, loss=objective, **more)
         report.before = _evaluate(runner, exits, eval_dataset)
         runner.train(resume_from_checkpoint=resume_from_checkpoint)
         report.agreement = _evaluate(runner, exits, eval_dataset)
