@@ -49,6 +49,10 @@ class ExitHead(nn.Module):
     #: names in `own_state` that start so are a gate's: they act on `gate(...)`, not on the prediction
     gates: ClassVar[tuple[str, ...]] = ()
 
+    def features(self, hidden: Tensor) -> Tensor | None:
+        """Return what goes into the shared projection [..., width]; None for a head with a projection of its own."""
+        return None
+
     @classmethod
     @abstractmethod
     def build(cls, tap: Tap, base: HeadContext, *args: Any, **config: Any) -> ExitHead:

@@ -56,7 +56,7 @@ class Speculative(ExitHead):
         weight = getattr(base.projection, "weight", None)
         reads = lookup(ExitHead, inner)
         one = isinstance(weight, Tensor) and weight.shape == (base.classes, base.width)
-        if not one or not hasattr(reads, "features"):
+        if not one or reads is cls or reads.features is ExitHead.features:
             raise BadArgument(
                 f"speculative: inner={inner!r} does not read with one matrix [{base.classes}, {base.width}] of the "
                 f"model, of which rows could be taken; choose inner='tied', 'shared' or 'translator' on a model whose "
@@ -71,6 +71,12 @@ class Speculative(ExitHead):
         """Whether the predictor has been trained (or loaded)."""
         last: Any = self.exit_gate[-1]
         return bool((last.weight != 0).any())
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """Return what the backbone's projection reads, [..., width]."""
+        inner: Any = self.exit_head
+        out: Tensor = inner.features(hidden)
+        return out
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map hidden [..., width] to logits [..., classes]."""
@@ -93,9 +99,8 @@ class Speculative(ExitHead):
         candidates: int64 [rows, k]; before: p of the exit asked before, zeros at the first.
         """
         base: HeadContext = self.__dict__["base"]
-        inner: Any = self.exit_head
         some: Any = base.projection
-        logits = subset_logits(inner.features(hidden), some.weight, candidates, getattr(some, "bias", None))
+        logits = subset_logits(self.features(hidden), some.weight, candidates, getattr(some, "bias", None))
         z = base.finish(logits).float()
         p = z.softmax(-1)
         return torch.cat([z, p, p - before], -1), p
