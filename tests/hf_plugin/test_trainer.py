@@ -75,6 +75,15 @@ def test_trains_only_the_heads_and_reports(tmp_path, capsys):
     assert report.agreement[2] == pytest.approx(share)
 
 
+def test_gates_are_trained_alone(tmp_path):
+    model, exits = attached("speculative")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    report = train(model, rows(), arguments(tmp_path, 4), loss="speculative_gate", eval_dataset=rows(10))
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {n for n, _ in model.named_parameters() if ".exit_gate." in n}
+    assert report.before == report.agreement and set(report.agreement) == {1, 2} and exits[1].trained
+
+
 def test_a_checkpoint_is_an_exits_directory_and_training_resumes_from_it(tmp_path):
     model, exits = attached()
     train(model, rows(), arguments(tmp_path, 4, save_strategy="steps", save_steps=2))

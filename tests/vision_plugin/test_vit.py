@@ -138,7 +138,9 @@ def examples():
 @pytest.mark.parametrize("policy", examples())
 @torch.no_grad()
 def test_a_batch_decides_as_its_rows_alone_do(policy, model, x):
-    exits = offramp.attach(model, AT)
+    exits = offramp.attach(model, AT, head="speculative")  # a readout like any, with a gate beside it
+    for depth in exits:
+        torch.nn.init.normal_(exits[depth].exit_gate[-1].weight)
     run = offramp.enable(model, policy)
     if policy.config()["policy"] == "decaying":
         with pytest.raises(BadArgument, match="needs the position"):

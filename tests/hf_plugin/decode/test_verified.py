@@ -45,7 +45,9 @@ def test_any_threshold(model, one, three, draft):
 @pytest.mark.parametrize("name", [n for n in offramp.names(ExitPolicy) if n != "position_schedule"])  # asks no exit
 def test_any_policy(model, one, three, name):
     wanted, wanted3 = greedy(model, one), greedy(model, three)
-    offramp.attach(model, at=[1, 2, 4])
+    exits = offramp.attach(model, at=[1, 2, 4], head="speculative")  # a readout like any, with a gate beside it
+    for depth in exits:
+        torch.nn.init.normal_(exits[depth].exit_gate[-1].weight, std=0.01)
     policy = offramp.policy(name, **example(name))
     with offramp.enable(model, policy, verify=True, draft=4) as run:
         assert torch.equal(greedy(model, one), wanted)

@@ -20,6 +20,7 @@ from offramp.calibration import Calibration
 from offramp.calibrator import Certificate
 from offramp.draft import DraftRule
 from offramp.errors import BadArgument, NotAttached, check_options
+from offramp.head import gated
 from offramp.policy import ExitPolicy, SchedulePolicy
 from offramp.schedule import check_schedule
 
@@ -123,6 +124,8 @@ class Run:
 
     def __init__(self, exits: Exits, policy: ExitPolicy, options: Options) -> None:
         check_schedule(exits, policy, options)
+        if "gate" in policy.statistics():
+            gated(exits, trained=True)
         self.exits, self.policy, self.options = exits, policy, options
         self.model, self.backbone = exits.model, exits.backbone
         self.stats = Stats()

@@ -16,6 +16,7 @@ from offramp.attach import Exits, find
 from offramp.backbone import Observed
 from offramp.enable import paused
 from offramp.errors import BadArgument
+from offramp.head import gated
 from offramp.live import Live
 from offramp.loss import Loss
 from offramp.policy import SchedulePolicy
@@ -74,11 +75,13 @@ def fit(
     objective = _objective(loss or ("distill" if schedule is None else "layerskip"), options)
     started = time.perf_counter()
     grads = {p: p.requires_grad for p in model.parameters()}
-    wanted = everything(exits) if backbone else trainable(exits)
+    wanted = everything(exits) if backbone else trainable(exits, objective.gate)
     if not wanted:
         raise BadArgument(
             f"head {exits.head!r} has no weights of its own to train here; use head='translator', or backbone=True"
         )
+    if backbone and objective.gate:
+        raise BadArgument(f"loss={loss!r} teaches gates about a model as it is; leave backbone=True out")
     if not 0 <= layer_dropout < 1 or (layer_dropout and not backbone):
         raise BadArgument(f"layer_dropout={layer_dropout!r} is a rate from 0 to 1 for training with backbone=True")
     report = FitReport()
@@ -109,10 +112,15 @@ def _objective(loss: str | Loss, options: dict[str, Any]) -> Loss:
     return loss
 
 
-def trainable(exits: Exits) -> list[nn.Parameter]:
-    """Return the heads' own parameters: not those shared with the backbone, nor base weights under LoRA."""
+def trainable(exits: Exits, gate: bool | None = None) -> list[nn.Parameter]:
+    """Return the heads' own parameters: not those shared with the backbone, nor base weights under LoRA.
+
+    gate: only those of the gates (True), all but those (False), or all. Raises `BadArgument` for heads without gates.
+    """
+    gates = type(gated(exits)[0] if gate else exits[exits.at[0]]).gates
     base = {id(p) for name, p in exits.model.named_parameters(remove_duplicate=False) if not name.startswith("exits.")}
-    return [p for name, p in exits.modules.named_parameters() if id(p) not in base and ".base_layer." not in name]
+    own = {n: p for n, p in exits.modules.named_parameters() if id(p) not in base and ".base_layer." not in n}
+    return [p for n, p in own.items() if gate is None or n.partition(".")[2].startswith(gates) is gate]
 
 
 def everything(exits: Exits) -> list[nn.Parameter]:
@@ -141,10 +149,10 @@ def _train(
     with torch.enable_grad():
         for step, seen in zip(track(range(steps), "fit exits", progress, steps), source, strict=False):
             active = objective.active(step, steps, len(exits))
-            answers = [exits[exits.at[i]](h) for i, h in zip(active, exits.inputs(seen, active), strict=True)]
             with torch.set_grad_enabled(seen.final.requires_grad):
                 final = exits.backbone.context().readout(seen.final)
-            value = objective(answers, final, seen.targets, active, len(exits))
+            answers, targets = objective.read(exits, exits.inputs(seen), final, seen.targets, active)
+            value = objective(answers, final, targets, active, len(exits))
             optimizer.zero_grad()
             value.backward()
             torch.nn.utils.clip_grad_norm_(wanted, 1.0)

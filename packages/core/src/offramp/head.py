@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from offramp.backbone import Tap
+from offramp.errors import BadArgument
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,6 +65,8 @@ class ExitHead(nn.Module):
     own: ClassVar[bool] = True
     #: whether the head, untrained, is the backbone's own readout of the state (the logit lens)
     lens: ClassVar[bool] = True
+    #: names in `own_state` that start so are a gate's: they act on `gate(...)`, not on the prediction
+    gates: ClassVar[tuple[str, ...]] = ()
     #: whether the head reads earlier states too: `mix` then runs before `forward`, and remembers
     mixes: ClassVar[bool] = False
 
@@ -112,3 +115,32 @@ class ExitHead(nn.Module):
         """Read normed features [..., width] with the shared projection: [..., classes]."""
         base: HeadContext = self.__dict__["base"]
         return base.finish(base.projection(features))
+
+
+def gated(exits: Exits, trained: bool = False) -> list[Any]:
+    """Return the heads, all with a gate; raises `BadArgument` when they have none, or with `trained` none trained."""
+    heads: list[Any] = [exits[depth] for depth in exits.at]
+    if not type(heads[0]).gates:
+        raise BadArgument(
+            f"heads {exits.head!r} have no gates to ask; attach some that do: "
+            f"offramp.attach(model, at={list(exits.at)}, head='speculative')"
+        )
+    raw = [depth for depth, head in zip(exits.at, heads, strict=True) if trained and not head.trained]
+    if raw:
+        raise BadArgument(
+            f"the gates at {raw} are untrained; train them all: offramp.fit(model, ids, loss='speculative_gate')"
+        )
+    return heads
+
+
+def ask_in_turn(heads: Sequence[Any], hidden: Sequence[Tensor], first: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Return (the gate's logit [rows] of every exit, asked one after the other; candidates [rows, k]).
+
+    hidden: one [rows, width] per exit; first: the first head's prediction [rows, classes].
+    """
+    carried = heads[0].draft(hidden[0], first)
+    p, logits = carried["p"], []
+    for head, state in zip(heads, hidden, strict=True):
+        logit, p = head.gate(state, carried["candidates"], p)
+        logits.append(logit)
+    return logits, carried["candidates"]

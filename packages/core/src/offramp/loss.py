@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from offramp.errors import BadArgument, UnknownName, did_you_mean
+
+if TYPE_CHECKING:
+    from offramp.attach import Exits
 
 #: targets with this value are left out, as everywhere in torch and transformers
 IGNORE = -100
@@ -36,7 +40,16 @@ def weigh(losses: Sequence[Tensor], weighting: str) -> Tensor:
 class Loss(ABC):
     """A training objective over per-exit predictions; a frozen dataclass, registered under its file's name."""
 
+    #: whether it trains gates: predictions are then one logit per row, targets [rows, K] whether each exit is right
+    gate: ClassVar[bool] = False
     weighting: str
+
+    def read(
+        self, exits: Exits, hidden: Sequence[Tensor], final: Tensor, targets: Tensor | None, active: Sequence[int]
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Return (what the `active` exits say, targets). hidden: what each exit reads, [rows, ...]; final: the full
+        model's logits."""
+        return [exits[exits.at[i]](hidden[i]) for i in active], targets
 
     def active(self, step: int, steps: int, count: int) -> Sequence[int]:
         """Return which of `count` exits take part in training step `step` of `steps`; all, unless a loss takes turns.

@@ -23,7 +23,9 @@ class Evidence:
 
     index: which exit (0 = shallowest); depth: blocks run so far; first, last: is it the shallowest / deepest exit that
     can stop; hidden: [rows, width] or None; prediction: the head's logits [rows, classes] or None; classes: how many;
-    position: [rows] tokens already generated (or the time step), or None; stats: [rows] tensors by name.
+    position: [rows] tokens already generated (or the time step), or None; stats: [rows] tensors by name; head: the
+    exit's own, for a policy that asks its gate; recent: per row the exit depths of its tokens so far, oldest first, on
+    the host, or None where rows are no texts.
     """
 
     index: int
@@ -35,6 +37,8 @@ class Evidence:
     classes: int = 0
     position: Tensor | None = None
     stats: Mapping[str, Tensor] = field(default_factory=dict)
+    head: Any = None
+    recent: Sequence[Sequence[int]] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         """Return the statistic `name` as a [rows] tensor; raises `BadArgument` when the policy did not ask for it."""
@@ -72,7 +76,8 @@ class ExitPolicy(ABC):
     has no weights and never looks across rows.
     """
 
-    #: statistics to compute for this policy: top1, margin, entropy, label, cosine; "prediction" asks for the logits
+    #: statistics to compute for this policy: top1, margin, entropy, label, cosine; "prediction" asks for the logits,
+    #: "gate" for the exits' gates, which a policy asks itself and a trace holds as probabilities
     needs: ClassVar[frozenset[str]] = frozenset()
     #: "up": raising the threshold is safer and slower; "down": lowering it is; "" for policies without a threshold
     safer: ClassVar[str] = ""
@@ -88,6 +93,14 @@ class ExitPolicy(ABC):
     @abstractmethod
     def step(self, state: State, seen: Evidence) -> tuple[Tensor, State]:
         """Return a bool mask [rows] of the rows that stop here, and the new state."""
+
+    def confirm(self, state: State, prediction: Tensor) -> Tensor | None:
+        """Return the rows [rows] that may stop with this prediction [rows, classes], or None for all of them.
+
+        Asked after `step` stopped a row whose logits nobody had computed yet. A policy with an opinion here cannot be
+        held by another one.
+        """
+        return None
 
     def learn(self, state: State, feedback: Feedback) -> State:
         """Take in verification results or late labels; the default ignores them."""

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from offramp.attach import Exits, find
 from offramp.enable import paused
 from offramp.errors import BadArgument
+from offramp.head import ask_in_turn
 from offramp.kernels.confidence import confidence, cosine
+from offramp.kernels.subset_logits import among
 from offramp.trace import Trace
 
 STATISTICS = frozenset({"top1", "margin", "entropy", "label"})
@@ -101,6 +103,11 @@ def _one(exits: Exits, batch: Any, per_row: int | None, generator: torch.Generat
     answers.append(exits.backbone.context().readout(final))
     columns = [confidence(a, STATISTICS) for a in answers]
     one = {k: torch.stack([c[k] for c in columns], 1).cpu() for k in columns[0]}
+    heads: list[Any] = [exits[d] for d in exits.at]
+    if type(heads[0]).gates and all(head.trained for head in heads):
+        said, candidates = ask_in_turn(heads, states, answers[0])
+        gates = [g.sigmoid() * among(a, candidates) for g, a in zip(said, answers, strict=False)]
+        one["gate"] = torch.stack([*gates, torch.full_like(gates[0], float("nan"))], 1).cpu()
     chain = [*states, final]
     near = [torch.full((len(final),), float("nan"), device=final.device)]
     near += [cosine(b, a) for a, b in zip(chain[:-1], chain[1:], strict=True)]
@@ -137,7 +144,7 @@ def _join(exits: Exits, parts: list[dict[str, Tensor]]) -> Trace:
     return Trace(
         depths=depths,
         costs=torch.tensor([float(d) for d in depths]),
-        stats={k: whole[k] for k in ("top1", "margin", "entropy", "cosine")},
+        stats={k: whole[k] for k in ("top1", "margin", "entropy", "cosine", "gate") if k in whole},
         label=whole["label"],
         targets=whole.get("targets"),
         position=whole.get("position"),

@@ -30,9 +30,10 @@ class Trace:
 
     depths: K ascending depths in blocks, the attached exits and the full depth; costs: [K] cumulative cost of leaving
     at each, by default in blocks; stats: [N, K] floats by name (top1, margin, entropy in nats, cosine with the
-    previous column, undefined in the first); label: [N, K] argmax; classes: of the prediction; targets: [N] true
-    labels, -100 for none; position: [N]; losses: [N, K] task loss; logits: [N, K, classes]; model_hash: of model and
-    heads. Tensors are kept on the CPU. Raises `BadArgument` when shapes disagree.
+    previous column, undefined in the first, and of trained gates their probability `gate`, 0 where the answer is no
+    candidate, undefined in the last); label: [N, K] argmax; classes: of the prediction; targets: [N] true labels, -100
+    for none; position: [N]; losses: [N, K] task loss; logits: [N, K, classes]; model_hash: of model and heads. Tensors
+    are kept on the CPU. Raises `BadArgument` when shapes disagree.
     """
 
     depths: tuple[int, ...]
@@ -217,6 +218,8 @@ def exit_columns(trace: Trace, policy: ExitPolicy) -> Tensor:
     held = {*trace.stats, "label"} | ({"prediction"} if trace.logits is not None else set())
     if missing := policy.statistics() - held:
         fix = "offramp.record(model, data, logits=True)" if "prediction" in missing else "offramp.record(model, data)"
+        if "gate" in missing:
+            fix += ", with head='speculative' and gates trained by offramp.fit(model, data, loss='speculative_gate')"
         raise BadArgument(
             f"the trace does not hold {', '.join(sorted(missing))} (it has: {', '.join(sorted(held))}), which "
             f"{type(policy).__name__} looks at; record it again: {fix}"

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from offramp.cli import Json, console, group, options_from, write_json
-from offramp_hf.commands_bench import bench_encoder, bench_lm, bench_wide, tune
+from offramp_hf.commands_bench import bench_encoder, bench_gate, bench_lm, bench_wide, tune
 
 Model = Annotated[str, typer.Argument(help="Directory or hub id of a causal language model.")]
 Data = Annotated[list[Path], typer.Option("--data", help="Text files; repeat for several.")]
@@ -27,6 +27,7 @@ def add(app: typer.Typer) -> None:
         ("bench", "lm"): bench_lm,
         ("bench", "wide"): bench_wide,
         ("bench", "encoder"): bench_encoder,
+        ("bench", "gate"): bench_gate,
         ("fit", "lm"): fit_lm,
         ("record", "lm"): record_lm,
         ("generate", "lm"): generate_lm,

@@ -84,6 +84,20 @@ def bench_encoder(
     write_json(out, encoder(width, batch, length, repeats, console()))
 
 
+def bench_gate(
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of the gates.")] = 300,
+    rows: Annotated[int, typer.Option(min=1, help="Tokens per training step.")] = 256,
+    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts to measure on.")] = 8,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 64,
+    layers: Annotated[int, typer.Option(min=1, help="Depths of the offline schedule.")] = 4,
+    out: Json = None,
+) -> None:
+    """Measure what speculative gates cost per token, and what they save."""
+    from offramp_hf.bench_gate import gate
+
+    write_json(out, gate(steps, rows, prompts, new_tokens, layers, console()))
+
+
 def tune(
     model: Annotated[Path, typer.Option(help="Directory or hub id of a causal language model.")],
     exits: Annotated[str, typer.Option(help="Directory or hub id that exits.save() wrote.")],

@@ -62,12 +62,15 @@ class ExitTraining(nn.Module):
         with torch.no_grad(), paused(self.model):
             seen = exits.backbone.observe({k: v for k, v in batch.items() if k in self._takes}, exits.at, exits.mixes)
             final = exits.backbone.context().readout(seen.final)
-        answers = [exits[d](h) for d, h in zip(exits.at, exits.inputs(seen), strict=True)]
+        inputs = exits.inputs(seen)
+        answers, targets = self.objective.read(exits, inputs, final, seen.targets, range(len(exits)))
         rows = len(final)
         # a process may have no labelled row; its heads still take part in the exchange of gradients
-        loss = self.objective(answers, final, seen.targets) if rows else sum(a.sum() for a in answers) * 0.0
+        loss: Any = self.objective(answers, final, targets) if rows else sum(a.sum() for a in answers) * 0.0
         if self.training:
             return {"loss": loss * _share(rows, final.device)}
+        if self.objective.gate:  # of the readouts, which this loss leaves as they are
+            answers = [exits[d](h) for d, h in zip(exits.at, inputs, strict=True)]
         return {"loss": loss, **_agreement(answers, final, seen)}
 
 
@@ -185,10 +188,11 @@ def train(
     try:
         for p in flags:
             p.requires_grad_(False)
-        for p in trainable(exits):
+        objective: Loss = create(Loss, loss, **options) if isinstance(loss, str) else loss
+        for p in trainable(exits, objective.gate):
             p.requires_grad_(True)
         more = {"train_dataset": dataset, "eval_dataset": eval_dataset, **(trainer or {})}
-        runner = ExitTrainer(model, args, loss=loss, options=options, **more)
+        runner = ExitTrainer(model, args, loss=objective, **more)
         report.before = _evaluate(runner, exits, eval_dataset)
         runner.train(resume_from_checkpoint=resume_from_checkpoint)
         report.agreement = _evaluate(runner, exits, eval_dataset)

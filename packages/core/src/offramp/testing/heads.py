@@ -10,6 +10,7 @@ from torch import nn
 
 from offramp.attach import Exits, attach
 from offramp.fit import trainable
+from offramp.head import ask_in_turn
 from offramp.testing import ContractError
 from offramp.testing.toy import ToyModel, toy_plugin
 
@@ -85,12 +86,21 @@ def _round_trip(exits: Exits) -> None:
     for value in one.values():
         value.data.copy_(torch.randn(value.shape).to(value))
     hidden = _states(exits, 4)
-    if torch.equal(exits[1](hidden), exits[2](hidden)):
+    if torch.equal(_says(exits, 1, hidden), _says(exits, 2, hidden)):
         raise ContractError(f"head {exits.head!r}: its own_state() does not change what it says")
     for key, value in two.items():
         value.data.copy_(one[key])
-    if not torch.equal(exits[1](hidden), exits[2](hidden)):
+    if not torch.equal(_says(exits, 1, hidden), _says(exits, 2, hidden)):
         raise ContractError(f"head {exits.head!r}: a head with the own_state() of another says something else")
+
+
+def _says(exits: Exits, depth: int, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the prediction of a head, and where it has a gate beside it, what that says when asked alone."""
+    out: torch.Tensor = exits[depth](hidden)
+    if type(exits[depth]).gates:
+        said = ask_in_turn([exits[depth]], [hidden], out)[0][0]
+        out = torch.cat([out, said.unsqueeze(-1)], -1)
+    return out
 
 
 def _gradient(exits: Exits) -> None:
@@ -103,7 +113,8 @@ def _gradient(exits: Exits) -> None:
         for p in flags:
             p.requires_grad_(any(p is w for w in wanted))
         with torch.enable_grad():
-            out = sum(exits[depth](_states(exits, 4)).square().mean() for depth in exits)
+            hidden = _states(exits, 4)
+            out = sum(_says(exits, depth, hidden).square().mean() for depth in exits)
             if not isinstance(out, torch.Tensor) or not out.requires_grad:
                 raise ContractError(f"head {exits.head!r}: none of its own weights gets a gradient")
             found = torch.autograd.grad(out, wanted, allow_unused=True)

@@ -21,9 +21,13 @@ def check_loss(loss: Loss, exits: int = 3, classes: int = 7, rows: int = 10) -> 
     require(settings is not None and settings.frozen, loss, "must be a frozen dataclass")
     require(loss.weighting in WEIGHTINGS, loss, f"weighting {loss.weighting!r} is not one of {sorted(WEIGHTINGS)}")
     make = torch.Generator().manual_seed(0)
-    predictions = [torch.randn(rows, classes, generator=make, requires_grad=True) for _ in range(exits)]
+    shape = (rows,) if loss.gate else (rows, classes)
+    predictions = [torch.randn(shape, generator=make, requires_grad=True) for _ in range(exits)]
     final = torch.randn(rows, classes, generator=make, requires_grad=True)
-    targets = torch.randint(classes, (rows,), generator=make)
+    if loss.gate:  # for each exit, whether it is right
+        targets = torch.randint(2, (rows, exits), generator=make)
+    else:
+        targets = torch.randint(classes, (rows,), generator=make)
     parts = loss.each(predictions, final, targets)
     right = len(parts) == exits and all(p.dim() == 0 and bool(p.isfinite()) for p in parts)
     require(right, loss, f"each must return {exits} finite scalars, one per exit")
@@ -65,5 +69,8 @@ def _check_descent(loss: Loss, predictions: Sequence[Tensor], final: Tensor, tar
 
 
 def _agreement(predictions: Sequence[Tensor], final: Tensor, targets: Tensor) -> tuple[float, float]:
+    if targets.dim() > 1:
+        said = float((torch.stack([p.detach() > 0 for p in predictions], 1) == targets).double().mean())
+        return said, said
     answers = torch.stack([p.detach().argmax(-1) for p in predictions])
     return float((answers == final.argmax(-1)).double().mean()), float((answers == targets).double().mean())

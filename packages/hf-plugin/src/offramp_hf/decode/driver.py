@@ -121,7 +121,7 @@ class Driver:
     def look(self, index: int, state: Tensor, previous: Tensor | None, position: Tensor) -> Evidence:
         """Return the evidence of exit `index` for the newest tokens. state: [batch, 1, width]."""
         prediction = self.predict(index, state) if self.needs & LOGITS else None
-        return look(self.run, index, state[:, -1], previous, position, prediction, self.needs)
+        return look(self.run, index, state[:, -1], previous, position, prediction, self.needs, self.rows.depths)
 
     def predict(self, index: int, state: Tensor) -> Tensor:
         """Return the logits [batch, classes] of exit `index` for the newest tokens. state: [batch, new, width]."""

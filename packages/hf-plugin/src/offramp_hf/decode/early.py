@@ -102,7 +102,8 @@ class Early(Driver):
             if made is None and bool(stop.any()):  # nobody has looked at these logits yet
                 made = self.heads[level](state[:, -1])
                 finite = finite & made.amax(-1).isfinite()
-                stop = stop & finite
+                confirmed = policy.confirm(memory, made)
+                stop = stop & finite if confirmed is None else stop & finite & confirmed
             new = stop & ~stopped
             stopped = stopped | new
             some, every, bad = _facts(new, stopped, finite)
