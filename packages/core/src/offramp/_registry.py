@@ -133,10 +133,12 @@ def draft_from(given: Any) -> draft.DraftRule:
     """
     if isinstance(given, draft.DraftRule):
         return given
+    if isinstance(given, (int, float)) and (isinstance(given, bool) or given < 1 or given != int(given)):
+        raise BadArgument(f"draft={given!r} must be a positive number of tokens, or None to adapt")
     if given is None:
         found: draft.DraftRule = create(draft.DraftRule, "adaptive")
-    elif isinstance(given, int) and not isinstance(given, bool):
-        found = create(draft.DraftRule, "dssd", length=given)
+    elif isinstance(given, (int, float)):
+        found = create(draft.DraftRule, "dssd", length=int(given))
     elif isinstance(given, str):
         found = create(draft.DraftRule, given)
     elif isinstance(given, Mapping) and isinstance(given.get("rule"), str):

@@ -52,6 +52,12 @@ class Exits:
         """Whether the heads read earlier states of a sequence too."""
         return type(self[self.at[0]]).mixes
 
+    def observe(self, batch: Any) -> Observed:
+        """Run the full model on one batch and return what the heads need to see of it."""
+        if self.mixes:
+            return self.backbone.observe(batch, self.at, whole=True)
+        return self.backbone.observe(batch, self.at)
+
     def inputs(self, seen: Observed, active: Sequence[int] | None = None) -> list[Tensor]:
         """Return what goes into the heads [rows, width], one per exit of `active` (indices; None: all)."""
         which = range(len(self.at)) if active is None else active

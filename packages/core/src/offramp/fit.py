@@ -171,7 +171,7 @@ class _States:
         parts, size = [], 0
         with torch.no_grad():
             for batch in batches(data, batch_size):
-                parts.append(exits.backbone.observe(batch, exits.at))
+                parts.append(exits.observe(batch))
                 size += sum(h.numel() * h.element_size() for h in [*parts[-1].hidden, parts[-1].final])
                 if size > CACHE_BYTES:
                     warnings.warn(

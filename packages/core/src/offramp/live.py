@@ -71,16 +71,16 @@ class Live:
 
     def observe(self, batch: Any) -> Observed:
         """Run the model on one batch; not frozen, in train mode, with layer dropout and schedule."""
-        model, backbone, at, mixes = self.exits.model, self.exits.backbone, self.exits.at, self.exits.mixes
+        exits, model, backbone = self.exits, self.exits.model, self.exits.backbone
         if self.frozen:
             with torch.no_grad():
-                return backbone.observe(batch, at, mixes)
+                return exits.observe(batch)
         if self.schedule is not None:
             self.runs = runs(self.schedule, backbone.generated(batch), backbone.depth)
         undo = backbone.chain().install(self._block) if any(self.rates) or self.schedule is not None else None
         model.train()
         try:
-            return backbone.observe(batch, at, mixes)
+            return exits.observe(batch)
         finally:
             model.eval()
             if undo is not None:
@@ -101,7 +101,7 @@ class Live:
     def agreement(self) -> dict[int, float]:
         """Return on which share of the first batch's rows each exit says what the full model says."""
         with evaluating(self.exits.model):
-            seen = self.exits.backbone.observe(self.first, self.exits.at, self.exits.mixes)
+            seen = self.exits.observe(self.first)
             best = self.exits.backbone.context().readout(seen.final).argmax(-1)
             inputs = self.exits.inputs(seen)
             answers = {d: self.exits[d](h).argmax(-1) for d, h in zip(self.exits.at, inputs, strict=True)}

@@ -91,7 +91,7 @@ def record(
 
 
 def _one(exits: Exits, batch: Any, per_row: int | None, generator: torch.Generator, logits: bool) -> dict[str, Tensor]:
-    seen = exits.backbone.observe(batch, exits.at, exits.mixes)
+    seen = exits.observe(batch)
     keep = _pick(seen.sample, per_row, generator) if per_row and seen.sample is not None else None
 
     def cut(rows: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class ExitTraining(nn.Module):
         """Return {"loss"} for one batch, with columns that the model does not take left out, as the Trainer does."""
         exits = self._exits
         with torch.no_grad(), paused(self.model):
-            seen = exits.backbone.observe({k: v for k, v in batch.items() if k in self._takes}, exits.at, exits.mixes)
+            seen = exits.observe({k: v for k, v in batch.items() if k in self._takes})
             final = exits.backbone.context().readout(seen.final)
         inputs = exits.inputs(seen)
         answers, targets = self.objective.read(exits, inputs, final, seen.targets, range(len(exits)))

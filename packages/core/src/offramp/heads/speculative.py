@@ -56,7 +56,7 @@ class Speculative(ExitHead):
         weight = getattr(base.projection, "weight", None)
         reads = lookup(ExitHead, inner)
         one = isinstance(weight, Tensor) and weight.shape == (base.classes, base.width)
-        if not one or reads is cls or reads.features is ExitHead.features:
+        if not one or reads is cls or reads.mixes or reads.features is ExitHead.features:
             raise BadArgument(
                 f"speculative: inner={inner!r} does not read with one matrix [{base.classes}, {base.width}] of the "
                 f"model, of which rows could be taken; choose inner='tied', 'shared' or 'translator' on a model whose "

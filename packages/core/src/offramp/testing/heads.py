@@ -10,7 +10,7 @@ from torch import nn
 
 from offramp.attach import Exits, attach
 from offramp.fit import trainable
-from offramp.head import ask_in_turn
+from offramp.head import Around, ask_in_turn
 from offramp.testing import ContractError
 from offramp.testing.toy import ToyModel, toy_plugin
 
@@ -27,7 +27,7 @@ def check_head(name: str, model: nn.Module | None = None, **config: Any) -> None
         model.eval()
         before = {k: v.clone() for k, v in model.state_dict().items()}
         with attach(model, [1, 2], name, **config) as exits:
-            _readout(exits, lens=config.get("init") != "random")
+            _readout(exits, lens=type(exits[1]).lens and config.get("init") != "random")
             _backbone_untouched(exits, before)
             if type(exits[1]).own:
                 _round_trip(exits)
@@ -49,7 +49,7 @@ def _readout(exits: Exits, lens: bool) -> None:
     context = exits.backbone.context()
     for lead in ((3,), (1,), (0,), (2, 3)):
         hidden = _states(exits, *lead)
-        out, wanted = exits[1](hidden), context.readout(hidden)
+        out, wanted = exits[1](_mixed(exits, 1, hidden)), context.readout(hidden)
         if out.shape != (*lead, context.classes):
             raise ContractError(
                 f"head {exits.head!r}: {tuple(hidden.shape)} gives {tuple(out.shape)}, not {(*lead, context.classes)}"
@@ -94,9 +94,19 @@ def _round_trip(exits: Exits) -> None:
         raise ContractError(f"head {exits.head!r}: a head with the own_state() of another says something else")
 
 
+def _mixed(exits: Exits, depth: int, hidden: torch.Tensor) -> torch.Tensor:
+    """Return states [..., width] as a head reads them: for one that mixes, as texts along the last dimension but one.
+    """
+    head = exits[depth]
+    if not type(head).mixes or not hidden.numel():
+        return hidden
+    texts = hidden.reshape(-1, *hidden.shape[-2:])
+    return head.mix(texts, Around(torch.arange(texts.shape[1])[None])).reshape(hidden.shape)
+
+
 def _says(exits: Exits, depth: int, hidden: torch.Tensor) -> torch.Tensor:
     """Return the prediction of a head, and where it has a gate beside it, what that says when asked alone."""
-    out: torch.Tensor = exits[depth](hidden)
+    out: torch.Tensor = exits[depth](_mixed(exits, depth, hidden))
     if type(exits[depth]).gates:
         said = ask_in_turn([exits[depth]], [hidden], out)[0][0]
         out = torch.cat([out, said.unsqueeze(-1)], -1)

@@ -18,7 +18,7 @@ from offramp.blocks import BlockSpec, Chain
 from offramp.enable import Run
 from offramp.engine import SinglePass
 from offramp.errors import BadArgument
-from offramp.head import HeadContext
+from offramp.head import Around, HeadContext
 
 NAME = "toy"
 
@@ -102,6 +102,8 @@ def _same(logits: Tensor) -> Tensor:
 class ToyBackbone(Backbone):
     """`ToyModel` as a chain of blocks; a batch is a tensor x or a mapping with x, and optionally mask and labels."""
 
+    sequences = True
+
     def __init__(self, model: ToyModel) -> None:
         self.model: ToyModel = model
         self.names = [f"blocks.{i}" for i in range(len(model.blocks))]
@@ -137,7 +139,12 @@ class ToyBackbone(Backbone):
         states = [self.pool(kept[d]) for d in depths]
         final = self.pool(kept[self.depth])
         targets = batch.get("labels") if isinstance(batch, Mapping) else None
-        return Observed(states, final, targets, sample=torch.arange(len(final)))
+        seen = Observed(states, final, targets, sample=torch.arange(len(final)))
+        if whole:
+            seen.whole, seen.keep = [kept[d] for d in depths], torch.zeros(kept[self.depth].shape[:2], dtype=torch.bool)
+            seen.keep[:, 0] = True
+            seen.around = Around(torch.arange(seen.keep.shape[1])[None])
+        return seen
 
     def drive(self, run: Run) -> Undo:
         """Exit inside one forward; generation's options have no meaning here and are refused."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -17,38 +16,9 @@ from offramp.blocks import Call, Chain, learn_spec
 from offramp.enable import Run
 from offramp.errors import BadArgument, UnsupportedModel
 from offramp.head import Around, HeadContext
+from offramp_hf.backbones._blocks import block_list, quiet
 from offramp_hf.backbones._finish import Finish
 from offramp_hf.backbones._windows import check_windows, direct_is_exact, trees_are_exact
-
-
-def block_list(root: nn.Module, depth: int | None, skip: str = "") -> tuple[str, nn.ModuleList]:
-    """Return the outermost module list of `depth` blocks under `root`; raises `UnsupportedModel` when there is not
-    one.
-    """
-    lists = [(n, m) for n, m in root.named_modules() if isinstance(m, nn.ModuleList) and not n.startswith("exits")]
-    if skip:
-        lists = [(n, m) for n, m in lists if not n.startswith(skip)]
-    outer = [(n, m) for n, m in lists if not any(n.startswith(o + ".") for o, _ in lists)]
-    fitting = [(n, m) for n, m in outer if len(m) == depth] if depth else outer
-    if len(fitting) != 1 or len(fitting[0][1]) < 2:
-        found = ", ".join(f"{n} ({len(m)})" for n, m in outer) or "none"
-        raise UnsupportedModel(
-            f"{type(root).__name__}: expected one list of {depth or 'two or more'} blocks, found module lists: {found}"
-        )
-    return fitting[0]
-
-
-@contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Probe in eval mode without touching the random state; the mode of every module is put back."""
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 class Decoder(Backbone):

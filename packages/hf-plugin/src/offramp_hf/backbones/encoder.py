@@ -18,8 +18,8 @@ from offramp.engine import SinglePass
 from offramp.errors import BadArgument, UnsupportedModel
 from offramp.head import HeadContext
 from offramp.kernels.confidence import PREDICTION
+from offramp_hf.backbones._blocks import quiet
 from offramp_hf.backbones._readout import find_blocks, find_readout
-from offramp_hf.backbones.decoder import quiet
 
 TOKENS = 6
 

@@ -12,8 +12,9 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from offramp.blocks import Call, Chain
 from offramp.errors import BadArgument, OfframpError, UnsupportedModel
+from offramp_hf.backbones._blocks import block_list, quiet
 from offramp_hf.backbones._windows import check_windows
-from offramp_hf.backbones.decoder import Decoder, block_list, quiet
+from offramp_hf.backbones.decoder import Decoder
 
 #: what the model's forward must take, so that a window can be run on new decoder tokens
 NEEDED = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "encoder_outputs")
