@@ -8,13 +8,13 @@ pycode-5m/heldout.txt; writes config, tokenizer, bf16 safetensors and train.log.
 
 import glob
 import json
+import pydoc_data.topics
 import sys
 import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import pydoc_data.topics
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,7 +25,8 @@ from offramp.enable import paused
 
 SKIP = ("/site-packages/", "/test/", "/tests/", "/idlelib/", "/lib2to3/", "/encodings/", "/turtledemo/", "pydoc_data")
 BATCH, LENGTH, AT, LOOK = 16, 256, (2, 3, 4, 6, 8), 100
-LOSS = {"loss": "layerskip", "curriculum": "rotational", "rotation": 2, "weighting": "inverse", "e_scale": 4.0, "own": 0.5}
+LOSS = {"loss": "layerskip", "curriculum": "rotational", "rotation": 2, "weighting": "inverse", "e_scale": 4.0}
+LOSS |= {"own": 0.7, "pull": 0.3}
 HELDOUT = Path(__file__).parent / "pycode-5m" / "heldout.txt"
 
 

@@ -1,14 +1,17 @@
 """One line on, one line off, and honest numbers in between."""
 
+import inspect
 import json
 
 import pytest
 import torch
 
 import offramp
+from offramp._registry import lookup
 from offramp.calibration import Calibration
-from offramp.enable import OPTIONS, RUN, Run, Stats
+from offramp.enable import RUN, Run, Stats
 from offramp.errors import BadArgument, NotAttached, OfframpError, UnknownName
+from offramp.options import OPTIONS
 from offramp.testing.toy import ToyBackbone
 
 
@@ -73,7 +76,7 @@ def test_a_policy_as_name_object_calibration_or_config(model, exits, x):
         (Calibration(offramp.policy("confidence", threshold=[0.5] * 3)), {}, BadArgument, "3 thresholds for 2 exits"),
         (3, {}, BadArgument, "must be a name, a policy or a calibration, not int"),
         ({"threshold": 0.5}, {}, BadArgument, 'under "policy"'),
-        ("never", {"kv": "hole"}, BadArgument, "kv='hole' is not known; choose one of catch_up, propagate"),
+        ("never", {"kv": "hole"}, BadArgument, "kv='hole' is not known; choose one of catch_up, propagate, recompute"),
         ("never", {"draft": 0}, BadArgument, "draft=0 must be a positive number"),
         ("never", {"verify": True}, BadArgument, "verify and draft need a model that generates"),
     ],
@@ -146,7 +149,7 @@ def test_the_flag_uses_exits_that_are_there(model, exits, tmp_path):
         ({"policy": "confidence", "treshold": 0.9}, "'confidence' has no option 'treshold'; did you mean 'threshold'"),
         ({"policy": "confidence", "threshold": 0.9, "verifi": 1}, "no option 'verifi'; did you mean 'verify'"),
         ({"policy": "confidence", "threshold": 7}, "outside"),
-        ({"policy": "never", "kv": "hole"}, "choose one of catch_up, propagate"),
+        ({"policy": "never", "kv": "hole"}, "choose one of catch_up, propagate, recompute"),
     ],
 )
 def test_a_wrong_flag_changes_nothing(model, exits, marks, flag, message):
@@ -204,4 +207,10 @@ def test_stats_reset_in_place(model, exits, x):
 
 
 def test_options_are_those_of_the_public_surface():
-    assert set(OPTIONS) == {"verify", "draft", "kv", "strict", "rollback"}
+    assert set(OPTIONS) == {"verify", "draft", "kv", "window", "strict", "rollback"}
+
+
+@pytest.mark.parametrize("name", offramp.names(offramp.ExitPolicy))
+def test_no_policy_has_an_option_of_that_name(name):
+    """`enable` would keep it for itself, and the policy would never see it."""
+    assert not set(inspect.signature(lookup(offramp.ExitPolicy, name)).parameters) & set(OPTIONS)

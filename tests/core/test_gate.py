@@ -78,7 +78,7 @@ def test_a_trace_holds_it_and_simulates_as_the_live_run(model):
     turn(offramp.attach(model, [2, 4], gate="linear"))
     x = torch.randn(60, 3, 8)
     trace = offramp.record(model, x, batch_size=7)
-    assert trace.stats["gate"].shape == (60, 3) and (trace.stats["gate"][:, -1] == 1).all()
+    assert trace.stats["agrees"].shape == (60, 3) and (trace.stats["agrees"][:, -1] == 1).all()
     outcome = offramp.simulate(trace, "gate", threshold=[0.6, 0.4])
     with offramp.enable(model, "gate", threshold=[0.6, 0.4]) as run, torch.no_grad():
         model(x)
@@ -93,8 +93,8 @@ def test_without_a_gate_the_error_names_the_line_to_write(model, x):
     with pytest.raises(NotAttached, match=line):
         offramp.fit(model, x, loss="gate", progress=False)
     trace = offramp.record(model, x)
-    assert "gate" not in trace.stats
-    with pytest.raises(BadArgument, match=r'does not hold gate.*gate="linear"'):
+    assert "agrees" not in trace.stats
+    with pytest.raises(BadArgument, match=r"does not hold agrees.*gate='linear'.*loss='gate'"):
         offramp.simulate(trace, "gate", threshold=0.5)
     assert not run_of(exits)
 
@@ -120,7 +120,7 @@ def test_it_learns_where_exits_agree(deep, head):
     assert report.before == report.agreement and report.losses[-1] < report.losses[0] == pytest.approx(0.6931, abs=1e-3)
     trace = offramp.record(deep, torch.randn(400, 3, 8))
     agrees = trace.label[:, :2] == trace.label[:, 2:]
-    said = trace.stats["gate"][:, :2]
+    said = trace.stats["agrees"][:, :2]
     for k in range(2):  # it ranks rows: how often a row that agrees is said to be likelier than one that does not
         yes, no = said[agrees[:, k], k], said[~agrees[:, k], k]
         assert float((yes[:, None] > no[None]).float().mean()) > 0.6
@@ -140,10 +140,41 @@ def test_it_is_not_trained_together_with_the_backbone(deep):
         offramp.fit(deep, torch.randn(20, 3, 8), loss="gate", backbone=True, progress=False)
 
 
+def test_heads_may_have_gates_of_their_own_beside_it(deep):
+    exits = offramp.attach(deep, [2, 4], head="speculative", gate="linear")
+    data = torch.randn(60, 3, 8)
+    shared, own = list(exits.gate_module.parameters()), trainable(exits, gate=True)
+    assert not {id(p) for p in shared} & {id(p) for p in [*own, *trainable(exits, gate=False)]}
+    assert {id(p) for p in trainable(exits, True, shared=True)} == {id(p) for p in shared}
+    for loss in ("gate", "speculative_gate"):
+        offramp.fit(deep, data, loss=loss, steps=3, lr=3e-2, progress=False)
+    trace = offramp.record(deep, data)
+    assert {"gate", "agrees"} <= set(trace.stats) and not torch.equal(trace.stats["gate"], trace.stats["agrees"])
+    for policy, options in (("gate", {"threshold": 0.5}), ("speculative_gate", {"threshold": 0.4})):
+        outcome = offramp.simulate(trace, policy, **options)
+        with offramp.enable(deep, policy, **options) as run, torch.no_grad():
+            deep(data)
+        assert torch.equal(outcome.depths, run.stats.last_depths), policy
+
+
+def test_a_trace_without_either_gate_names_both_ways(model, x):
+    offramp.attach(model, [2, 4])
+    trace = offramp.record(model, x)
+    with pytest.raises(BadArgument, match=r"does not hold gate .*head='speculative'.*loss='speculative_gate'"):
+        offramp.simulate(trace, "speculative_gate")
+
+
+def test_heads_that_read_earlier_states_have_none(model, marks):
+    before = marks(model)
+    with pytest.raises(BadArgument, match="head 'adapter' answers from earlier ones too; leave gate out"):
+        offramp.attach(model, [2], head="adapter", gate="linear")
+    assert marks(model) == before
+
+
 def test_it_can_be_calibrated(deep):
     turn(offramp.attach(deep, [2, 4], gate="linear"))
     trace = offramp.record(deep, torch.randn(300, 3, 8))
-    trace.stats["gate"][:, :2] = (trace.label[:, :2] == trace.label[:, 2:]).float() * 0.5 + 0.25
+    trace.stats["agrees"][:, :2] = (trace.label[:, :2] == trace.label[:, 2:]).float() * 0.5 + 0.25
     cal = offramp.calibrate(trace, "gate")
     assert 0.25 < cal.policy.threshold <= 0.75 and offramp.simulate(trace, cal).saved > 0
     assert min(cal.certificate.order) > 0

@@ -103,9 +103,18 @@ def test_a_loss_gets_the_states_it_asks_for(model):
     exits = offramp.attach(model, [2, 4])
     x = torch.randn(4, 3, 8)
     seen = next(iter(Live(exits, x, 4, 0, 0.0, taps=[1, 4, 5])))
-    states = seen.extra["states"]
+    states = seen.states
     assert sorted(states) == [1, 2, 4, 5, 6] and states[6] is seen.final
     assert seen.hidden[0] is states[2] and seen.hidden[1] is states[4] and len(seen.hidden) == 2
+
+
+def test_heads_that_mix_read_their_own_states_beside_those_of_a_loss(model):
+    exits = offramp.attach(model, [2, 4], head="adapter")
+    x = torch.randn(4, 3, 8)
+    plain, more = exits.observe(x), exits.observe(x, [1, 4, 5])
+    assert sorted(more.states) == [1, 2, 4, 5, 6] and plain.states == {}
+    for a, b in zip(exits.inputs(plain), exits.inputs(more), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_schedule_reaches_the_loss_in_every_step(data):

@@ -214,13 +214,50 @@ def test_an_empty_batch_is_the_frameworks_business():
         assert outcome() == wanted
 
 
-@pytest.mark.parametrize("draft", [0, -1, 1.5, True, "4"])
+@pytest.mark.parametrize("draft", [0, -1, 1.5, True])
 def test_draft_is_positive(draft):
     model = llama()
     offramp.attach(model, at=[2])
     with pytest.raises(BadArgument, match="draft=.* must be a positive number of tokens, or None to adapt"):
         offramp.enable(model, "confidence", threshold=0.5, verify=True, draft=draft)
     assert "generate" not in model.__dict__ and "_offramp_run" not in model.__dict__
+
+
+@pytest.mark.parametrize(
+    ("draft", "says"),
+    [
+        ("kangaroo", "no DraftRule is called 'kangaroo'.*Known: adaptive, confident"),
+        ({"rule": "fixed", "lenght": 3}, "no option 'lenght'.*did you mean 'length'"),
+        ({"length": 3}, "is no draft rule; give a name of offramp.names"),
+        ([3], "is no draft rule; give a name of offramp.names"),
+        ({"rule": "confident", "eta": 2}, "eta=2 must be a number from 0 to 1"),
+        ({"rule": "tree", "width": 0}, "width=0 must be a whole number >= 1"),
+        ({"rule": "lookup", "ngram": 1, "least": 2}, "least=2 is more than ngram=1"),
+        ({"rule": "thompson", "a": 0}, "a=0 must be above 0"),
+        ("del", "needs 2 of them, the model has 1 .at .2.*offramp.attach"),
+    ],
+)
+def test_a_wrong_rule_changes_nothing(draft, says):
+    model = llama()
+    offramp.attach(model, at=[2])
+    with pytest.raises(BadArgument, match=says):
+        offramp.enable(model, "confidence", threshold=0.5, verify=True, draft=draft)
+    assert "generate" not in model.__dict__ and "_offramp_run" not in model.__dict__
+
+
+def test_rules_that_do_not_fit_the_heads():
+    model = llama()
+    offramp.attach(model, at=[2, 3], head="adapter")
+    with pytest.raises(BadArgument, match="'del' compares what all exits say.*head='translator'"):
+        offramp.enable(model, "confidence", threshold=0.5, verify=True, draft="del")
+
+
+def test_a_rule_without_verify():
+    model = llama()
+    offramp.attach(model, at=[2])
+    with pytest.raises(BadArgument, match="draft='fixed' is for verify=True.*or add verify=True"):
+        offramp.enable(model, "confidence", threshold=0.5, draft="fixed")
+    assert "generate" not in model.__dict__
 
 
 def test_unknown_kv():

@@ -32,6 +32,8 @@ from offramp.policy import Evidence
         ("patience", {"patience": True}, "not True"),
         ("fixed", {"depth": 0}, "fixed: depth must be a whole number of blocks, at least 1, not 0"),
         ("fixed", {"depth": 0.5}, "not 0.5"),
+        ("speculative_gate", {"threshold": 1.0}, r'threshold 1 is outside \[0, 1\[.*offramp.enable\(model, "never"\)'),
+        ("speculative_gate", {"online": True}, "online=True adds to layers="),
         (
             "decaying",
             {"inner": "entropy", "threshold": 0.5, "length": 4},

@@ -30,10 +30,10 @@ def tiny():
     return LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=4, pad_token_id=0, initializer_range=0.2)).eval()
 
 
-def attached(head="lora"):
+def attached(head="lora", gate=None):
     model = tiny()
     torch.manual_seed(1)
-    return model, offramp.attach(model, at=[1, 2], head=head)
+    return model, offramp.attach(model, at=[1, 2], head=head, gate=gate)
 
 
 def rows(n=24):
@@ -73,6 +73,30 @@ def test_trains_only_the_heads_and_reports(tmp_path, capsys):
         final = model.lm_head(model.model.norm(seen.final)).argmax(-1)
         share = (exits[2](seen.hidden[1]).argmax(-1) == final).float().mean().item()
     assert report.agreement[2] == pytest.approx(share)
+
+
+def test_gates_are_trained_alone(tmp_path):
+    model, exits = attached("speculative")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    report = train(model, rows(), arguments(tmp_path, 4), loss="speculative_gate", eval_dataset=rows(10))
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {n for n, _ in model.named_parameters() if ".exit_gate." in n}
+    assert report.before == report.agreement and set(report.agreement) == {1, 2} and exits[1].trained
+
+
+def test_the_gate_of_all_exits_is_trained_alone(tmp_path):
+    model, exits = attached("speculative", gate="linear")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    report = train(model, rows(), arguments(tmp_path, 4), loss="gate", eval_dataset=rows(10))
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"exits.gate.weight", "exits.gate.bias"} and report.before == report.agreement
+    assert len(report.losses) and not exits[1].trained
+
+
+def test_a_loss_that_trains_the_model_is_refused(tmp_path):
+    model, _ = attached()
+    with pytest.raises(BadArgument, match="trains the model itself.*offramp.fit"):
+        train(model, rows(), arguments(tmp_path, 4), loss="layerwise_distill")
 
 
 def test_a_checkpoint_is_an_exits_directory_and_training_resumes_from_it(tmp_path):

@@ -13,6 +13,7 @@ KINDS = {
     "heads": offramp.ExitHead,
     "calibrators": offramp.Calibrator,
     "losses": offramp.Loss,
+    "drafting": offramp.DraftRule,
 }
 FILES = [
     (folder, path)

@@ -11,7 +11,7 @@ from offramp.errors import BadArgument
 
 def loss(odds, agrees):
     targets = torch.tensor(agrees)[:, None]
-    return create(offramp.Loss, "gate").each([torch.tensor(odds)[:, None]], torch.zeros(len(odds), 3), targets)[0]
+    return create(offramp.Loss, "gate").each([torch.tensor(odds)], torch.zeros(len(odds), 3), targets)[0]
 
 
 def test_each_answer_weighs_half():
@@ -30,11 +30,11 @@ def test_where_one_answer_does_not_occur_the_other_counts(answer):
 def test_exits_are_averaged():
     odds, agrees = torch.randn(9, 3), torch.rand(9, 3) > 0.4
     made = create(offramp.Loss, "gate")
-    parts = made.each([o[:, None] for o in odds.unbind(1)], torch.zeros(9, 3), agrees)
-    whole = made([o[:, None] for o in odds.unbind(1)], torch.zeros(9, 3), agrees)
+    parts = made.each(odds.unbind(1), torch.zeros(9, 3), agrees)
+    whole = made(odds.unbind(1), torch.zeros(9, 3), agrees)
     assert whole.item() == pytest.approx(float(torch.stack(parts).mean()))
 
 
 def test_labels_are_no_targets_for_it():
     with pytest.raises(BadArgument, match="fit.model, data, loss=\"gate\". makes them"):
-        create(offramp.Loss, "gate").each([torch.zeros(2, 1)], torch.zeros(2, 3), torch.tensor([0, 1]))
+        create(offramp.Loss, "gate").each([torch.zeros(2)], torch.zeros(2, 3), torch.tensor([0, 1]))

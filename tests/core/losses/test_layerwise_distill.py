@@ -106,3 +106,9 @@ def test_it_needs_the_backbone_and_labels(model, x):
         offramp.fit(model, x, loss="layerwise_distill", progress=False)
     with pytest.raises(BadArgument, match="needs labels"):
         offramp.fit(model, x, loss="layerwise_distill", backbone=True, progress=False)
+
+
+def test_without_exits_it_has_nothing_to_train(model):
+    schedule = offramp.policy("position_schedule", max_depth=4, min_depth=2, length=4)
+    with pytest.raises(BadArgument, match="trains exits, and there are none"):
+        offramp.fit(model, torch.randn(4, 3, 8), loss="layerwise_distill", backbone=True, schedule=schedule)

@@ -8,7 +8,7 @@ from offramp.policy import Evidence
 
 
 def seen(values, index=0):
-    return Evidence(index, 2, index == 0, False, stats={"gate": torch.tensor(values)})
+    return Evidence(index, 2, index == 0, False, stats={"agrees": torch.tensor(values)})
 
 
 def test_it_stops_at_the_threshold_and_above_and_never_at_nan():

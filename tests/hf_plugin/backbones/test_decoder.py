@@ -8,7 +8,9 @@ import offramp
 from offramp._plugins import adapt
 from offramp.errors import UnsupportedModel
 from offramp_hf.cache import GrowingLayer, WindowCache
-from offramp_hf.decode.runner import Direct, Place, Through
+from offramp_hf.decode.direct import Direct
+from offramp_hf.decode.place import Place
+from offramp_hf.decode.runner import Through
 
 DEPTH, VOCAB, NEW = 6, 97, 10
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

@@ -12,6 +12,7 @@ from offramp.errors import NotAttached
 
 NEW = 12
 MODES = {"verify": {"verify": True, "draft": 4}, "catch_up": {}, "propagate": {"kv": "propagate"}}
+MODES["recompute"] = {"kv": "recompute", "window": 5}
 
 
 def greedy(model, batch, new=NEW, **kwargs):

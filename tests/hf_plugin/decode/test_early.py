@@ -144,3 +144,69 @@ def test_rows_that_ended_do_not_hold_the_others(model, three):
                 assert run.stats.last_depths.tolist() == depths[: len(made)]
                 depths = depths[len(made) :]
             assert depths == []
+
+
+@pytest.mark.parametrize("rows", ["one", "three"])
+@pytest.mark.parametrize("threshold", [0.0, 0.06, 0.08, 1.0])
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_recompute_is_catch_up_token_for_token(model, request, rows, threshold, window):
+    """What waits is computed again or kept: the same states, so the same text, depths and cache, also at the bound."""
+    batch, found, caches = request.getfixturevalue(rows), [], []
+    offramp.attach(model, at=[2, 4])
+    for kv in ("catch_up", "recompute"):
+        with offramp.enable(model, "confidence", threshold=threshold, kv=kv, window=window) as run:
+            out = greedy(model, batch, return_dict_in_generate=True)
+            found.append((out.sequences.tolist(), run.stats.last_depths.tolist(), run.stats.rounds))
+            caches.append(out.past_key_values.layers)
+            assert torch.equal(greedy(model, batch), out.sequences)
+    assert found[0] == found[1]
+    if window is not None and threshold == 0:  # of every window + 1 tokens the last runs the full model
+        depths = found[0][1][:NEW]
+        assert depths == [6, *([*[2] * window, 6] * NEW)][:NEW]
+    real = slice(3 * (len(batch["input_ids"]) - 1), None)  # past the padding of every row
+    for mine, theirs in zip(*caches, strict=True):
+        torch.testing.assert_close(mine.keys[..., real, :], theirs.keys[..., real, :], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", ["one", "three"])
+def test_recompute_counts_what_it_runs_again(model, request, rows):
+    """A call of a block is one unit per row, and each token in it that ran this block before is one more."""
+    batch, spent, widths = request.getfixturevalue(rows), {}, []
+    length, count = batch["input_ids"].shape[1] + 29, len(batch["input_ids"])
+    offramp.attach(model, at=[2, 4])
+    for block in model.model.layers:
+        block.mlp.register_forward_hook(lambda m, args, out: widths.append(out.shape[1]))
+    for kv in ("catch_up", "recompute"):
+        with offramp.enable(model, "confidence", threshold=0.08, kv=kv) as run:
+            greedy(model, batch, new=30)  # the first call probes
+            run.stats.reset()
+            widths.clear()
+            greedy(model, batch, new=30, return_dict_in_generate=True)  # in the end every block has had every token
+            spent[kv] = run.stats.blocks_run
+        again = sum(widths) - 6 * length
+        assert spent[kv] == count * (len(widths) + again)
+        assert (again > 0) == (kv == "recompute")
+    assert spent["recompute"] > spent["catch_up"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 0}, "window=0 must be a positive number of tokens"),
+        ({"window": True, "kv": "recompute"}, "window=True must be"),
+        ({"window": 4, "kv": "propagate"}, "window=4 bounds what waits"),
+        ({"window": 4, "verify": True}, "with kv='catch_up', verify=True no token waits"),
+    ],
+)
+def test_a_window_that_bounds_nothing(model, options, message):
+    offramp.attach(model, at=[2])
+    with pytest.raises(offramp.OfframpError, match=message):
+        offramp.enable(model, "confidence", threshold=0.5, **options)
+
+
+def test_the_window_of_recompute_has_a_default(model):
+    offramp.attach(model, at=[2])
+    with offramp.enable(model, "fixed", depth=2, kv="recompute") as run:
+        assert run.options.window == 100
+    with offramp.enable(model, "fixed", depth=2) as run:
+        assert run.options.window is None

@@ -60,7 +60,7 @@ ARGUMENTS = {
     },
 }  # fmt: skip
 MODES = {"verify": {"verify": True, "draft": 4}, "adaptive": {"verify": True}}
-MODES |= {"lossy": {}, "propagate": {"kv": "propagate"}}
+MODES |= {"lossy": {}, "propagate": {"kv": "propagate"}, "recompute": {"kv": "recompute"}}
 
 
 @pytest.fixture(params=MODES)

@@ -5,7 +5,9 @@ import torch
 
 from offramp._plugins import adapt
 from offramp_hf.cache import GrowingLayer, WindowCache
-from offramp_hf.decode.runner import TABLE, Direct, Place, Through
+from offramp_hf.decode.direct import TABLE, Direct
+from offramp_hf.decode.place import Place
+from offramp_hf.decode.runner import Through
 
 
 def pair(model):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from offramp import calibrator, head, loss, policy
+from offramp import calibrator, draft, head, loss, policy
 from offramp.errors import BadArgument, OfframpError, UnknownName, check_options, did_you_mean
 
 T = TypeVar("T")
@@ -19,6 +19,7 @@ _folders: dict[type, list[str]] = {
     head.ExitHead: ["offramp.heads"],
     calibrator.Calibrator: ["offramp.calibrators"],
     loss.Loss: ["offramp.losses"],
+    draft.DraftRule: [],  # drafting is decoding: the rules come with the plugin that decodes
 }
 _classes: dict[tuple[type, str], type] = {}
 
@@ -122,3 +123,29 @@ def policy_from(config: dict[str, Any]) -> policy.ExitPolicy:
     options = {k: build(v) for k, v in config.items() if k != "policy"}
     built: policy.ExitPolicy = create(policy.ExitPolicy, config["policy"], **options)
     return built
+
+
+def draft_from(given: Any) -> draft.DraftRule:
+    """Return the draft rule that `enable(draft=...)` names.
+
+    None: "adaptive"; a number: at most so many drafts from the first exit that the policy accepts ("dssd"); a name; a
+    dict {"rule": name, option: value}; or a rule. Raises `BadArgument`, `UnknownName`.
+    """
+    if isinstance(given, draft.DraftRule):
+        return given
+    if isinstance(given, (int, float)) and (isinstance(given, bool) or given < 1 or given != int(given)):
+        raise BadArgument(f"draft={given!r} must be a positive number of tokens, or None to adapt")
+    if given is None:
+        found: draft.DraftRule = create(draft.DraftRule, "adaptive")
+    elif isinstance(given, (int, float)):
+        found = create(draft.DraftRule, "dssd", length=int(given))
+    elif isinstance(given, str):
+        found = create(draft.DraftRule, given)
+    elif isinstance(given, Mapping) and isinstance(given.get("rule"), str):
+        found = create(draft.DraftRule, given["rule"], **{k: v for k, v in given.items() if k != "rule"})
+    else:
+        raise BadArgument(
+            f"draft={given!r} is no draft rule; give a name of offramp.names(offramp.DraftRule), a number of tokens, "
+            f'or {{"rule": "fixed", "length": 4}}'
+        )
+    return found

@@ -9,12 +9,12 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from offramp import checkpoint
 from offramp._plugins import adapt, plugins
 from offramp._registry import lookup
-from offramp.backbone import Backbone
+from offramp.backbone import Backbone, Observed
 from offramp.errors import BadArgument, DamagedFile, NotAttached, check_options
 from offramp.gate import LinearGate, build_gate
 from offramp.head import ExitHead
@@ -67,6 +67,34 @@ class Exits:
         if depth not in self.at:
             raise BadArgument(f"no exit at depth {depth}; exits are at {list(self.at)}")
         return self.modules[str(depth)]  # type: ignore[return-value]
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the heads read earlier states of a sequence too."""
+        return bool(self.at) and type(self[self.at[0]]).mixes
+
+    def observe(self, batch: Any, more: Sequence[int] = ()) -> Observed:
+        """Run the full model on one batch and return what the heads need to see of it.
+
+        more: further depths whose states are wanted; those of all depths are then in `states`.
+        """
+        depths = sorted({*self.at, *more})
+        seen = self.backbone.observe(batch, depths, whole=True) if self.mixes else self.backbone.observe(batch, depths)
+        if more:
+            seen.states = {**dict(zip(depths, seen.hidden, strict=True)), self.backbone.depth: seen.final}
+            mine = [depths.index(d) for d in self.at]
+            seen.hidden = [seen.hidden[i] for i in mine]
+            seen.whole = [seen.whole[i] for i in mine] if self.mixes else seen.whole
+        return seen
+
+    def inputs(self, seen: Observed, active: Sequence[int] | None = None) -> list[Tensor]:
+        """Return what goes into the heads [rows, width], one per exit of `active` (indices; None: all)."""
+        which = range(len(self.at)) if active is None else active
+        if not self.mixes:
+            return [seen.hidden[i] for i in which]
+        if seen.around is None or seen.keep is None:
+            raise BadArgument(f"heads {self.head!r} read whole sequences: observe(batch, depths, whole=True)")
+        return [self[self.at[i]].mix(seen.whole[i], seen.around)[seen.keep] for i in which]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.at)
@@ -153,6 +181,15 @@ def attach(
     cls = lookup(ExitHead, head)
     known = [n for n in inspect.signature(cls.build).parameters if n not in ("tap", "base")]
     check_options(config, known, f"head {head!r}")
+    if cls.mixes and not backbone.sequences:
+        raise BadArgument(
+            f"head {head!r} reads the earlier states of a text, and {type(model).__name__} is no decoder of one; "
+            f"use head='translator'"
+        )
+    if gate is not None and cls.mixes:
+        raise BadArgument(
+            f"gate={gate!r} judges a state by itself, and head {head!r} answers from earlier ones too; leave gate out"
+        )
     context, taps = backbone.context(), backbone.taps()
     opener = None if gate is None else build_gate(gate, context.width)
     heads = nn.ModuleDict({str(k): cls.build(taps[k - 1], context, **config) for k in depths})
@@ -177,9 +214,13 @@ def _like(made: nn.Module, model: nn.Module) -> nn.Module:
     return made.to(device=first.device, dtype=first.dtype)
 
 
-def find(model: nn.Module) -> Exits:
-    """Return the exits on `model`; raises `NotAttached` with the line to write."""
+def find(model: nn.Module, needed: bool = True) -> Exits:
+    """Return the exits on `model`; without any, raises `NotAttached` with the line to write, or, where none are
+    `needed`, returns `Exits` at no depth.
+    """
     exits = model.__dict__.get(RECORD)
+    if exits is None and not needed:
+        return Exits(model, adapt(model), (), "", {})
     if exits is None:
         raise NotAttached(
             f"{type(model).__name__} has no exits attached; first: offramp.attach(model, at=[...]) or "

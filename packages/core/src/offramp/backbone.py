@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
+from offramp.errors import BadArgument
+
 if TYPE_CHECKING:
     from offramp.blocks import Chain
     from offramp.enable import Run
-    from offramp.head import HeadContext
+    from offramp.head import Around, HeadContext
 
 Undo = Callable[[], None]
 
@@ -37,7 +39,9 @@ class Observed:
 
     hidden: one [rows, width] per tap asked for; final: the last hidden state [rows, width], before the readout;
     targets: [rows] labels or None; position: [rows] place in the sequence or None; sample: [rows] which input row it
-    came from.
+    came from. For heads that mix: whole: the states [batch, token, width] per tap; keep: bool [batch, token], which of
+    their tokens are the rows; around: what surrounds them. states: [rows, width] by depth, of all depths, where a loss
+    wants more of them than heads read.
     """
 
     hidden: list[Tensor]
@@ -45,7 +49,10 @@ class Observed:
     targets: Tensor | None = None
     position: Tensor | None = None
     sample: Tensor | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
+    whole: list[Tensor] = field(default_factory=list)
+    keep: Tensor | None = None
+    around: Around | None = None
+    states: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Backbone(ABC):
@@ -54,6 +61,8 @@ class Backbone(ABC):
     model: nn.Module
     #: block names in order; a shared block appears once per time it runs
     names: Sequence[str]
+    #: whether `observe` can give whole sequences, as heads that mix need
+    sequences: bool = False
 
     @property
     def depth(self) -> int:
@@ -81,9 +90,16 @@ class Backbone(ABC):
         """Run the model's own forward on one batch of the user's data and return its output."""
 
     @abstractmethod
-    def observe(self, batch: Any, depths: Sequence[int]) -> Observed:
+    def observe(self, batch: Any, depths: Sequence[int], whole: bool = False) -> Observed:
         """Run the full model on one batch and return the states at `depths`; nothing changed. Gradients are the
-        caller's choice."""
+        caller's choice; whole: fill `Observed.whole` too (only where `sequences` is set)."""
+
+    def generated(self, batch: Any) -> Tensor:
+        """Return which generated token, from 0, each place [batch, token] of a batch predicts; prompts are negative.
+        Raises `BadArgument` for models that generate no tokens."""
+        raise BadArgument(
+            f"{type(self.model).__name__} generates no tokens, so its places have no schedule; leave schedule out"
+        )
 
     @abstractmethod
     def drive(self, run: Run) -> Undo:

@@ -58,6 +58,10 @@ class Call:
                 kwargs = {**kwargs, self.spec.argument: hidden}
         return self.original(*args, **kwargs)
 
+    def through(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Return the state that another block of the same kind makes of `hidden`, called as this one was."""
+        return state_of(Call(block.forward, self.args, self.kwargs, self.spec).run(hidden))
+
     def skip(self, hidden: Tensor | None = None) -> Any:
         """Return `hidden` (default: the incoming state) in the block's own return shape, without running it."""
         out = self.hidden if hidden is None else hidden
@@ -152,11 +156,14 @@ class Chain:
             hook.turn = 0
 
     @contextmanager
-    def capture(self, depths: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-        """Keep the hidden state after each of `depths` blocks (0 = into the first) while the context lasts."""
+    def capture(self, depths: Sequence[int], calls: list[Call] | None = None) -> Iterator[dict[int, Tensor]]:
+        """Keep the hidden state after each of `depths` blocks (0 = into the first) while the context lasts; `calls`
+        takes how each block was called."""
         kept: dict[int, Tensor] = {}
 
         def handler(index: int, call: Call) -> Any:
+            if calls is not None:
+                calls.append(call)
             if index == 0 and 0 in depths:
                 kept[0] = call.hidden
             output = call.run()

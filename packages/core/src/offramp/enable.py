@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from offramp._registry import create, lookup, policy_from
+from offramp._registry import create, draft_from, lookup, policy_from
 from offramp.attach import RECORD, Exits, find, load
 from offramp.calibration import Calibration
 from offramp.calibrator import Certificate
+from offramp.draft import DraftRule
 from offramp.errors import BadArgument, NotAttached, check_options
-from offramp.policy import ExitPolicy
+from offramp.head import gated
+from offramp.options import OPTIONS, Options
+from offramp.policy import ExitPolicy, SchedulePolicy
+from offramp.schedule import check_schedule
 
 RUN = "_offramp_run"
-KV = ("catch_up", "propagate")
 
 
 @dataclass
@@ -33,6 +36,7 @@ class Stats:
     run; nonfinite: looks at an exit that could not stop a row because its evidence was not finite; last_depths: exit
     depth of each row (token) of the last call. Generation adds tokens, rounds (visits of the deepest block), drafted
     and accepted tokens, and projected: blocks of which only keys and values were computed (kv="propagate").
+    A token that runs a block again (kv="recompute") counts again.
     """
 
     rows: int = 0
@@ -77,60 +81,31 @@ class Stats:
             setattr(self, f.name, getattr(fresh, f.name))
 
 
-@dataclass(frozen=True)
-class Options:
-    """How a policy is run. verify: draft and check (lossless); draft: longest draft, or None to let it adapt; kv: what
-    supplies deeper keys and values when not verifying; strict: raise instead of falling back to the full model;
-    rollback: surprise in nats above which an early token is taken back once the deep blocks have seen it
-    (kv="catch_up", one row; arXiv 2310.05424)."""
-
-    verify: bool = False
-    draft: int | None = None
-    kv: str = "catch_up"
-    strict: bool = False
-    rollback: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.rollback is not None:
-            self._check_rollback(self.rollback)
-        for name in ("verify", "strict"):
-            if not isinstance(getattr(self, name), bool):
-                raise BadArgument(f"{name}={getattr(self, name)!r} must be True or False")
-        if self.kv not in KV:
-            raise BadArgument(f"kv={self.kv!r} is not known; choose one of {', '.join(KV)}")
-        if self.draft is not None and (
-            isinstance(self.draft, bool) or not isinstance(self.draft, int) or self.draft < 1
-        ):
-            raise BadArgument(f"draft={self.draft!r} must be a positive number of tokens, or None to adapt")
-
-    def _check_rollback(self, nats: Any) -> None:
-        if isinstance(nats, bool) or not isinstance(nats, (int, float)) or not 0 < nats < math.inf:
-            raise BadArgument(f"rollback={nats!r} must be a number of nats above 0, or None to keep every token")
-        if self.verify or self.kv != "catch_up":
-            raise BadArgument(
-                f'rollback={nats} takes back what the deep blocks see later, which is kv="catch_up" without verify; '
-                f"this is kv={self.kv!r}, verify={self.verify}"
-            )
-
-
-OPTIONS = tuple(f.name for f in fields(Options))
-
-
 class Run:
     """A policy enabled on a model; a context manager that disables on leaving."""
 
     def __init__(self, exits: Exits, policy: ExitPolicy, options: Options) -> None:
+        check_schedule(exits, policy, options)
+        if "gate" in policy.statistics():
+            gated(exits, trained=True)
         self.exits, self.policy, self.options = exits, policy, options
         self.model, self.backbone = exits.model, exits.backbone
-        if "gate" in policy.statistics():
+        if "agrees" in policy.statistics():
             exits.gate_module  # noqa: B018  raises with the line to write when there is none
         self.stats = Stats()
         self.paused = False
         #: what a decoding driver remembers between calls (e.g. how often drafts were accepted)
-        self.memory: dict[str, Any] = {}
+        self.memory: dict[Any, Any] = {}
         #: whether `enable` also loaded the exits, so that `disable` takes them off again
         self.loaded = False
         self._undo: Callable[[], None] | None = None
+
+    @cached_property
+    def rule(self) -> DraftRule:
+        """How tokens are drafted with verify=True; raises `BadArgument` when it does not fit the exits."""
+        rule = draft_from(self.options.draft)
+        rule.check(self.exits.at, self.exits.head, self.exits.mixes)
+        return rule
 
     @property
     def enabled(self) -> bool:
@@ -165,6 +140,13 @@ def make_policy(
 ) -> ExitPolicy:
     """Return a policy from a name with options, an object, a calibration or a config dict, checked against the exits.
     """
+    made = build_policy(policy, **config)
+    made.check(tuple(depths))
+    return made
+
+
+def build_policy(policy: str | ExitPolicy | Calibration | Mapping[str, Any], **config: Any) -> ExitPolicy:
+    """Return a policy from a name with options, an object, a calibration or a config dict."""
     if isinstance(policy, str):
         made: ExitPolicy = create(ExitPolicy, policy, **config)
     else:
@@ -178,7 +160,6 @@ def make_policy(
             made = policy
         else:
             raise BadArgument(f"policy must be a name, a policy or a calibration, not {type(policy).__name__}")
-    made.check(tuple(depths))
     return made
 
 
@@ -198,19 +179,23 @@ def enable(model: nn.Module, policy: str | ExitPolicy | Calibration | None = Non
 
     policy: a name of `offramp.names(offramp.ExitPolicy)` with its options (`threshold=0.9`), a policy object, a
     `Calibration`, or None for the `early_exit` dict of the model's own config. verify=True: every early token is
-    checked by the deep blocks (lossless); draft: longest draft; kv: "catch_up" or "propagate" without verify;
-    rollback: see `Options`; strict=True: raise where the full model would be used instead. Raises `NotAttached`,
-    `BadArgument`, `UnknownName`; changes nothing then.
+    checked by the deep blocks (lossless); draft: a rule of `offramp.names(offramp.DraftRule)`, with options as
+    {"rule": name, ...}, or a number of tokens; kv: "catch_up", "propagate" or "recompute" without verify, "schedule"
+    with position_schedule, which needs no exits; window: most tokens that wait for the deep blocks; rollback: see
+    `Options`; strict=True: raise where the full model would be used instead. Raises `NotAttached`, `BadArgument`,
+    `UnknownName`; changes nothing then.
     """
     if RUN in model.__dict__:
         raise NotAttached("a policy is already enabled on this model; first: run.disable()")
     if policy is None:
         return _enable_flag(model, options)
-    exits = find(model)
     chosen = {k: options.pop(k) for k in OPTIONS if k in options}
     if isinstance(policy, Calibration):
         chosen = {**policy.options, **chosen}
-    run = Run(exits, make_policy(policy, exits.at, **options), Options(**chosen))
+    made = build_policy(policy, **options)
+    exits = find(model, needed=not isinstance(made, SchedulePolicy))
+    made.check(exits.at)
+    run = Run(exits, made, Options(**chosen))
     if isinstance(policy, Calibration) and policy.certificate is not None:
         _check_promise(exits, policy, policy.certificate, chosen)
     return _start(run)
@@ -259,9 +244,12 @@ def _enable_flag(model: nn.Module, options: dict[str, Any]) -> Run:
             'offramp.enable(model, "confidence", threshold=0.9) or set config.early_exit = {"policy": ...}'
         )
     config, chosen, source = parse_flag(flag)
-    exits = find(model) if source is None or attached is not None else load(model, source)
+    made = policy_from(config)
+    needed = not isinstance(made, SchedulePolicy)
+    exits = find(model, needed) if source is None or attached is not None else load(model, source)
     try:
-        run = _start(Run(exits, make_policy(config, exits.at), chosen))
+        made.check(exits.at)
+        run = _start(Run(exits, made, chosen))
         run.loaded = attached is None
         return run
     except BaseException:

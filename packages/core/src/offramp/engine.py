@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,20 +25,28 @@ def look(
     previous: Tensor | None,
     position: Tensor | None = None,
     prediction: Tensor | None = None,
+    needs: frozenset[str] | None = None,
+    recent: Sequence[Sequence[int]] | None = None,
 ) -> Evidence:
-    """Return the evidence of exit `index` for pooled states [rows, width]; its head runs only if it is needed."""
-    depths, needs = run.exits.at, run.policy.statistics()
+    """Return the evidence of exit `index` for pooled states [rows, width]; its head runs only if it is needed.
+
+    needs: statistics to compute, None for those of the policy.
+    """
+    depths = run.exits.at
+    needs = run.policy.statistics() if needs is None else needs
     depth = depths[index]
-    if prediction is None and needs & LOGITS:
+    # a gate's candidates come from the first exit's head: run here, it also gives the answer of rows that stop there
+    if prediction is None and (needs & LOGITS or ("gate" in needs and index == 0)):
         prediction = run.exits[depth](hidden)
     stats = confidence(prediction, needs) if prediction is not None else {}
     if "cosine" in needs and previous is not None:
         stats["cosine"] = cosine(hidden, previous)
-    if "gate" in needs:
-        stats["gate"] = run.exits.gate_module(hidden)
+    if "agrees" in needs:
+        stats["agrees"] = run.exits.gate_module(hidden)
     classes = 0 if prediction is None else prediction.shape[-1]
     last = index == len(depths) - 1
-    return Evidence(index, depth, index == 0, last, hidden, prediction, classes, position, stats)
+    head = run.exits[depth] if "gate" in needs else None
+    return Evidence(index, depth, index == 0, last, hidden, prediction, classes, position, stats, head, recent)
 
 
 def decide(policy: ExitPolicy, state: State, seen: Evidence) -> tuple[Tensor, State, Tensor]:
@@ -159,9 +167,11 @@ class SinglePass:
             answer = seen.prediction[gone]
         elif self.output is not None:  # a policy that never looked at the logits: a broken head must not answer
             answer = run.exits[seen.depth](pooled[gone])
-            sure = answer.isfinite().all(-1)
+            finite = answer.isfinite().all(-1)
+            confirmed = run.policy.confirm({k: v[gone] for k, v in self.state.items()}, answer)
+            sure = finite if confirmed is None else finite & confirmed
             if not bool(sure.all()):
-                run.stats.nonfinite += int((~sure).sum())
+                run.stats.nonfinite += int((~finite).sum())
                 stop = stop.index_fill(0, gone[~sure], False)
                 gone, answer = gone[sure], answer[sure]
                 if not gone.numel():

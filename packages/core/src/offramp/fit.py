@@ -16,9 +16,12 @@ from offramp.attach import Exits, find
 from offramp.backbone import Observed
 from offramp.enable import paused
 from offramp.errors import BadArgument
+from offramp.head import gated
 from offramp.live import Live
 from offramp.loss import Loss, Moment, Schedule
+from offramp.policy import SchedulePolicy
 from offramp.record import batches, evaluating, track
+from offramp.schedule import check_training
 
 #: states of the data are kept in memory up to this many bytes; `fit` warns and leaves out the data beyond it
 CACHE_BYTES = 4 << 30
@@ -40,7 +43,7 @@ def fit(
     model: nn.Module,
     data: Any,
     *,
-    loss: str | Loss = "distill",
+    loss: str | Loss | None = None,
     steps: int = 500,
     lr: float = 1e-3,
     batch_size: int = 8,
@@ -49,6 +52,7 @@ def fit(
     progress: bool = True,
     backbone: bool = False,
     layer_dropout: float = 0.0,
+    schedule: SchedulePolicy | None = None,
     weight_decay: float = 0.0,
     weights: Schedule | None = None,
     **options: Any,
@@ -58,33 +62,26 @@ def fit(
     data: as the model takes it (labels only for loss="labels"); batch_size: rows of the model's own input per
     forward; rows: samples (tokens) per step; lr: AdamW's, cosine to zero with 5 % warm-up; options: the loss's
     (`temperature`, `weighting`, ...). backbone: train the model too, on one batch per step (`rows` has no meaning
-    then); layer_dropout: rate of the last block, per sample, rising with depth (arXiv 2404.16710); weights: a schedule
-    of the exits' weights, beside the last layer's where the loss has it, else of the whole loss. Raises
-    `NotAttached`, `UnknownName`, `BadArgument`. The model's modes and `requires_grad` are put back.
+    then); layer_dropout: rate of the last block, per sample, rising with depth (arXiv 2404.16710);
+    schedule: a policy such as position_schedule that the model is trained to be decoded with (then exits are not
+    needed; labels of -100 mark the prompt, and without labels the first token is the prompt); weights: a schedule of
+    the exits' weights, beside the last layer's where the loss has it, else of the whole loss. loss: None is "distill",
+    with a schedule "layerskip", which also trains the last layer. Raises `NotAttached`, `UnknownName`, `BadArgument`.
+    The model's modes and `requires_grad` are put back.
     """
-    exits = find(model)
-    if steps < 1:
-        raise BadArgument(f"steps={steps} trains nothing; give steps=500")
-    if options and not isinstance(loss, str):
-        raise BadArgument(f"options {sorted(options)} go with a loss's name, not with {type(loss).__name__}")
-    objective: Loss = create(Loss, loss, **options) if isinstance(loss, str) else loss
+    exits = find(model, needed=schedule is None)
+    objective = _objective(loss or ("distill" if schedule is None else "layerskip"), options)
+    wanted = _check(exits, objective, steps, backbone, layer_dropout, schedule)
     started = time.perf_counter()
     grads = {p: p.requires_grad for p in model.parameters()}
-    wanted = wanted_by(objective, exits, backbone)
-    if not wanted:
-        raise BadArgument(
-            f"head {exits.head!r} has no weights of its own to train here; use head='translator', or backbone=True"
-        )
-    if not 0 <= layer_dropout < 1 or (layer_dropout and not backbone):
-        raise BadArgument(f"layer_dropout={layer_dropout!r} is a rate from 0 to 1 for training with backbone=True")
     report = FitReport()
     try:
         for p in grads:
             p.requires_grad_(False)
         with evaluating(model), paused(model):
-            if backbone:
+            if backbone or exits.mixes:
                 taps = objective.taps(exits.at, exits.backbone.depth)
-                source: Any = Live(exits, data, batch_size, seed, layer_dropout, taps)
+                source: Any = Live(exits, data, batch_size, seed, layer_dropout, schedule, not backbone, taps)
             else:
                 source = _States(exits, data, batch_size, rows, seed)
             report.before = source.agreement()
@@ -97,23 +94,52 @@ def fit(
     return report
 
 
-def wanted_by(objective: Loss, exits: Exits, backbone: bool) -> list[nn.Parameter]:
-    """Return the parameters that a loss trains; raises `BadArgument`, or `NotAttached` for a gate that is not there."""
-    if objective.taps(exits.at, exits.backbone.depth) and not backbone:
+def _objective(loss: str | Loss, options: dict[str, Any]) -> Loss:
+    if isinstance(loss, str):
+        made: Loss = create(Loss, loss, **options)
+        return made
+    if options:
+        raise BadArgument(f"options {sorted(options)} go with a loss's name, not with {type(loss).__name__}")
+    return loss
+
+
+def _check(
+    exits: Exits, objective: Loss, steps: int, backbone: bool, dropout: float, schedule: SchedulePolicy | None
+) -> list[nn.Parameter]:
+    """Return the parameters to train; raises `BadArgument` for what cannot be trained so."""
+    depth = exits.backbone.depth
+    if schedule is not None:
+        check_training(schedule, backbone, depth)
+    if steps < 1:
+        raise BadArgument(f"steps={steps} trains nothing; give steps=500")
+    if backbone and objective.gate:
+        raise BadArgument(f"{objective} teaches gates about a model as it is; leave backbone=True out")
+    if not backbone and objective.taps(exits.at, depth):
         raise BadArgument(f"{objective} trains states of the model itself; add backbone=True")
-    if objective.trains != "gate":
-        return everything(exits) if backbone else trainable(exits)
-    if backbone:
-        raise BadArgument('loss "gate" trains the gate of a frozen model; leave backbone=True out')
-    return list(exits.gate_module.parameters())
+    if not 0 <= dropout < 1 or (dropout and not backbone):
+        raise BadArgument(f"layer_dropout={dropout!r} is a rate from 0 to 1 for training with backbone=True")
+    wanted = everything(exits) if backbone else trainable(exits, objective.gate, objective.shared)
+    if not wanted:
+        raise BadArgument(
+            f"head {exits.head!r} has no weights of its own to train here; use head='translator', or backbone=True"
+        )
+    return wanted
 
 
-def trainable(exits: Exits) -> list[nn.Parameter]:
-    """Return the heads' own parameters: not those shared with the backbone, nor base weights under LoRA, nor the gate.
+def trainable(exits: Exits, gate: bool | None = None, shared: bool = False) -> list[nn.Parameter]:
+    """Return the heads' own parameters: not those shared with the backbone, nor base weights under LoRA.
+
+    gate: only those of the heads' gates (True), all but those (False), or all; shared: instead those of the gate that
+    all exits share, never among the others. Raises `BadArgument` for heads without gates, `NotAttached` without the
+    shared one.
     """
+    if shared:
+        return list(exits.gate_module.parameters())
+    gates = type(gated(exits)[0] if gate else exits[exits.at[0]]).gates
     base = {id(p) for name, p in exits.model.named_parameters(remove_duplicate=False) if not name.startswith("exits.")}
-    base |= {id(p) for p in exits.gate_module.parameters()} if exits.gate is not None else set()
-    return [p for name, p in exits.modules.named_parameters() if id(p) not in base and ".base_layer." not in name]
+    base |= set() if exits.gate is None else {id(p) for p in exits.gate_module.parameters()}
+    own = {n: p for n, p in exits.modules.named_parameters() if id(p) not in base and ".base_layer." not in n}
+    return [p for n, p in own.items() if gate is None or n.partition(".")[2].startswith(gates) is gate]
 
 
 def everything(exits: Exits) -> list[nn.Parameter]:
@@ -143,15 +169,11 @@ def _train(
     with torch.enable_grad():
         for step, seen in zip(track(range(steps), "fit exits", progress, steps), source, strict=False):
             active = objective.active(step, steps, len(exits))
-            answers = [exits[exits.at[i]](seen.hidden[i]) for i in active]
             with torch.set_grad_enabled(seen.final.requires_grad):
                 final = exits.backbone.context().readout(seen.final)
-            targets = seen.targets
-            if objective.trains == "gate":
-                targets = torch.stack([a.argmax(-1) == final.argmax(-1) for a in answers], 1)
-                answers = [exits.gate_module.log_odds(seen.hidden[i]).unsqueeze(-1) for i in active]
+            answers, targets = objective.read(exits, exits.inputs(seen), final, seen.targets, active)
             depths = (*(exits.at[i] for i in active), exits.backbone.depth)
-            moment = Moment(1.0 if weights is None else weights.at(step), depths, seen.extra.get("states", {}))
+            moment = Moment(1.0 if weights is None else weights.at(step), depths, seen.states)
             value = objective(answers, final, targets, active, len(exits), moment)
             optimizer.zero_grad()
             value.backward()
@@ -171,7 +193,7 @@ class _States:
         parts, size = [], 0
         with torch.no_grad():
             for batch in batches(data, batch_size):
-                parts.append(exits.backbone.observe(batch, exits.at))
+                parts.append(exits.observe(batch))
                 size += sum(h.numel() * h.element_size() for h in [*parts[-1].hidden, parts[-1].final])
                 if size > CACHE_BYTES:
                     warnings.warn(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from offramp.backbone import Tap
+from offramp.errors import BadArgument
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,7 +24,7 @@ class HeadContext:
 
     norm: module before the projection (final norm, pooler); heads copy it. projection: the unembedding or classifier,
     shared with the backbone, never copied or trained through. finish: soft cap or scale after it. width: of the hidden
-    state; classes: of the prediction.
+    state; classes: of the prediction. block: the last block, for heads that copy one.
     """
 
     norm: nn.Module
@@ -31,11 +32,28 @@ class HeadContext:
     finish: Callable[[Tensor], Tensor]
     width: int
     classes: int
+    block: nn.Module | None = None
 
     def readout(self, hidden: Tensor) -> Tensor:
         """Return the backbone's own prediction for a last hidden state [..., width] -> [..., classes]."""
         out: Tensor = self.finish(self.projection(self.norm(hidden)))
         return out
+
+
+@dataclass(frozen=True)
+class Around:
+    """What surrounds the states that a head mixes.
+
+    positions: int64 [batch or 1, new]; mask: [batch, past + new] of 0/1 over all of them, None when nothing is padding,
+    or bool [batch, new, past + new], which of them each new one sees; past: where keys and values of earlier states are
+    kept (`update(keys, values)` returns all of them), None when there are none; call: runs a copy of the model's last
+    block on the states as the model would, None where the backbone cannot.
+    """
+
+    positions: Tensor
+    mask: Tensor | None = None
+    past: Any = None
+    call: Callable[[nn.Module, Tensor], Tensor] | None = None
 
 
 class ExitHead(nn.Module):
@@ -45,11 +63,27 @@ class ExitHead(nn.Module):
     extra: ClassVar[tuple[str, ...]] = ()
     #: whether the head has weights of its own; one without is trained only by training the backbone
     own: ClassVar[bool] = True
+    #: whether the head, untrained, is the backbone's own readout of the state (the logit lens)
+    lens: ClassVar[bool] = True
+    #: names in `own_state` that start so are a gate's: they act on `gate(...)`, not on the prediction
+    gates: ClassVar[tuple[str, ...]] = ()
+    #: whether the head reads earlier states too: `mix` then runs before `forward`, and remembers
+    mixes: ClassVar[bool] = False
+
+    def mix(self, hidden: Tensor, around: Around) -> Tensor:
+        """Return states [batch, new, width] that have seen the earlier ones; only of heads with `mixes`."""
+        return hidden
+
+    def features(self, hidden: Tensor) -> Tensor | None:
+        """Return what goes into the shared projection [..., width], so that several heads can be projected at once;
+        None for a head with a projection of its own."""
+        return None
 
     @classmethod
     @abstractmethod
     def build(cls, tap: Tap, base: HeadContext, *args: Any, **config: Any) -> ExitHead:
-        """Build the head for one tap; untrained, it must be the backbone's own readout of that state (logit lens)."""
+        """Build the head for one tap; untrained, it must be the backbone's own readout of that state (logit lens),
+        unless its option init="random" asks for another start."""
 
     @abstractmethod
     def forward(self, hidden: Tensor) -> Tensor:
@@ -81,3 +115,32 @@ class ExitHead(nn.Module):
         """Read normed features [..., width] with the shared projection: [..., classes]."""
         base: HeadContext = self.__dict__["base"]
         return base.finish(base.projection(features))
+
+
+def gated(exits: Exits, trained: bool = False) -> list[Any]:
+    """Return the heads, all with a gate; raises `BadArgument` when they have none, or with `trained` none trained."""
+    heads: list[Any] = [exits[depth] for depth in exits.at]
+    if not type(heads[0]).gates:
+        raise BadArgument(
+            f"heads {exits.head!r} have no gates to ask; attach some that do: "
+            f"offramp.attach(model, at={list(exits.at)}, head='speculative')"
+        )
+    raw = [depth for depth, head in zip(exits.at, heads, strict=True) if trained and not head.trained]
+    if raw:
+        raise BadArgument(
+            f"the gates at {raw} are untrained; train them all: offramp.fit(model, ids, loss='speculative_gate')"
+        )
+    return heads
+
+
+def ask_in_turn(heads: Sequence[Any], hidden: Sequence[Tensor], first: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Return (the gate's logit [rows] of every exit, asked one after the other; candidates [rows, k]).
+
+    hidden: one [rows, width] per exit; first: the first head's prediction [rows, classes].
+    """
+    carried = heads[0].draft(hidden[0], first)
+    p, logits = carried["p"], []
+    for head, state in zip(heads, hidden, strict=True):
+        logit, p = head.gate(state, carried["candidates"], p)
+        logits.append(logit)
+    return logits, carried["candidates"]

@@ -6,12 +6,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from offramp.errors import BadArgument, UnknownName, did_you_mean
+
+if TYPE_CHECKING:
+    from offramp.attach import Exits
 
 #: targets with this value are left out, as everywhere in torch and transformers
 IGNORE = -100
@@ -29,6 +32,8 @@ def weigh(losses: Sequence[Tensor], weighting: str) -> Tensor:
     sum (1, 3, 6, ...: deep exits most)."""
     if weighting not in WEIGHTINGS:
         raise UnknownName(f"no weighting is called {weighting!r};{did_you_mean(weighting, WEIGHTINGS)}")
+    if not losses:
+        raise BadArgument('this loss trains exits, and there are none; attach some, or train with loss="layerskip"')
     raw = WEIGHTINGS[weighting](len(losses))
     stacked = torch.stack(list(losses))
     return (stacked * stacked.new_tensor(raw)).sum() / sum(raw)
@@ -79,10 +84,18 @@ class Moment:
 class Loss(ABC):
     """A training objective over per-exit predictions; a frozen dataclass, registered under its file's name."""
 
+    #: whether it trains gates: predictions are then one logit per row, targets [rows, K] whether each exit is right
+    gate: ClassVar[bool] = False
+    #: of a loss that trains gates: whether that is the one which all exits share, instead of those of the heads
+    shared: ClassVar[bool] = False
     weighting: str
-    #: "heads", with the backbone where `fit` is asked to; or "gate": predictions are then the gate's log-odds [rows, 1]
-    #: and targets bool [rows, exits], whether the exit agrees with the full model
-    trains: ClassVar[str] = "heads"
+
+    def read(
+        self, exits: Exits, hidden: Sequence[Tensor], final: Tensor, targets: Tensor | None, active: Sequence[int]
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Return (what the `active` exits say, targets). hidden: what each exit reads, [rows, ...]; final: the full
+        model's logits."""
+        return [exits[exits.at[i]](hidden[i]) for i in active], targets
 
     def active(self, step: int, steps: int, count: int) -> Sequence[int]:
         """Return which of `count` exits take part in training step `step` of `steps`; all, unless a loss takes turns.

@@ -23,7 +23,9 @@ class Evidence:
 
     index: which exit (0 = shallowest); depth: blocks run so far; first, last: is it the shallowest / deepest exit that
     can stop; hidden: [rows, width] or None; prediction: the head's logits [rows, classes] or None; classes: how many;
-    position: [rows] tokens already generated (or the time step), or None; stats: [rows] tensors by name.
+    position: [rows] tokens already generated (or the time step), or None; stats: [rows] tensors by name; head: the
+    exit's own, for a policy that asks its gate; recent: per row the exit depths of its tokens so far, oldest first, on
+    the host, or None where rows are no texts.
     """
 
     index: int
@@ -35,6 +37,8 @@ class Evidence:
     classes: int = 0
     position: Tensor | None = None
     stats: Mapping[str, Tensor] = field(default_factory=dict)
+    head: Any = None
+    recent: Sequence[Sequence[int]] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         """Return the statistic `name` as a [rows] tensor; raises `BadArgument` when the policy did not ask for it."""
@@ -76,7 +80,9 @@ class ExitPolicy(ABC):
     has no weights and never looks across rows.
     """
 
-    #: statistics to compute for this policy: top1, margin, entropy, label, cosine, gate; "prediction" asks for logits
+    #: statistics to compute for this policy: top1, margin, entropy, label, cosine; "agrees" asks for the gate that all
+    #: exits share, "prediction" for the logits, "gate" for the heads' gates, which a policy asks itself and a trace
+    #: holds as probabilities
     needs: ClassVar[frozenset[str]] = frozenset()
     #: "up": raising the threshold is safer and slower; "down": lowering it is; "" for policies without a threshold
     safer: ClassVar[str] = ""
@@ -97,9 +103,21 @@ class ExitPolicy(ABC):
         """Whether `learn` does anything; nobody gathers feedback otherwise."""
         return type(self).learn is not ExitPolicy.learn
 
+    def confirm(self, state: State, prediction: Tensor) -> Tensor | None:
+        """Return the rows [rows] that may stop with this prediction [rows, classes], or None for all of them.
+
+        Asked after `step` stopped a row whose logits nobody had computed yet. A policy with an opinion here cannot be
+        held by another one.
+        """
+        return None
+
     def learn(self, state: State, feedback: Feedback) -> State:
         """Take in verification results or late labels; the default ignores them."""
         return state
+
+    def opens(self, depth: int) -> bool:
+        """Whether an exit at `depth` could ever stop a row; where it could not, nobody needs to look."""
+        return True
 
     def check(self, depths: Sequence[int]) -> None:
         """Raise `BadArgument` when the policy does not fit exits at these depths (one threshold per exit, ...)."""
@@ -128,6 +146,19 @@ class ExitPolicy(ABC):
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
             out[f.name] = _plain(getattr(self, f.name))
         return out
+
+
+class SchedulePolicy(ExitPolicy):
+    """A policy that says from the position alone which blocks run; decoded with kv="schedule", where no head is asked.
+
+    The blocks of a position must be among those of every earlier one: each block that runs then holds keys and values
+    of all tokens before, and none is computed again or copied.
+    """
+
+    @abstractmethod
+    def windows(self, position: int, depth: int) -> tuple[tuple[int, int], ...]:
+        """Return the windows (start, stop) of blocks that run, shallow first, for generated token `position` (from 0)
+        of a model of `depth` blocks; raises `BadArgument` when the model is too shallow."""
 
 
 #: thresholds of scores up to 1, safest first: steps of 0.01, finer where trained heads and cosines crowd just below 1

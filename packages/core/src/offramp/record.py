@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from offramp.attach import Exits, find
 from offramp.enable import paused
 from offramp.errors import BadArgument
+from offramp.head import ask_in_turn
 from offramp.kernels.confidence import confidence, cosine
+from offramp.kernels.subset_logits import among
 from offramp.trace import Trace
 
 STATISTICS = frozenset({"top1", "margin", "entropy", "label"})
@@ -89,7 +91,7 @@ def record(
 
 
 def _one(exits: Exits, batch: Any, per_row: int | None, generator: torch.Generator, logits: bool) -> dict[str, Tensor]:
-    seen = exits.backbone.observe(batch, exits.at)
+    seen = exits.observe(batch)
     keep = _pick(seen.sample, per_row, generator) if per_row and seen.sample is not None else None
 
     def cut(rows: Tensor) -> Tensor:
@@ -97,17 +99,22 @@ def _one(exits: Exits, batch: Any, per_row: int | None, generator: torch.Generat
 
     states = [cut(h) for h in seen.hidden]
     final = cut(seen.final)
-    answers = [exits[d](h) for d, h in zip(exits.at, states, strict=True)]
+    answers = [exits[d](cut(h)) for d, h in zip(exits.at, exits.inputs(seen), strict=True)]
     answers.append(exits.backbone.context().readout(final))
     columns = [confidence(a, STATISTICS) for a in answers]
     one = {k: torch.stack([c[k] for c in columns], 1).cpu() for k in columns[0]}
+    heads: list[Any] = [exits[d] for d in exits.at]
+    if type(heads[0]).gates and all(head.trained for head in heads):
+        said, candidates = ask_in_turn(heads, states, answers[0])
+        gates = [g.sigmoid() * among(a, candidates) for g, a in zip(said, answers, strict=False)]
+        one["gate"] = torch.stack([*gates, torch.full_like(gates[0], float("nan"))], 1).cpu()
     chain = [*states, final]
     near = [torch.full((len(final),), float("nan"), device=final.device)]
     near += [cosine(b, a) for a, b in zip(chain[:-1], chain[1:], strict=True)]
     one["cosine"] = torch.stack(near, 1).cpu()
     if exits.gate is not None:  # the full model agrees with itself
-        gates = [exits.gate_module(h) for h in states]
-        one["gate"] = torch.stack([*gates, torch.ones_like(gates[0])], 1).cpu()
+        odds = [exits.gate_module(h) for h in states]
+        one["agrees"] = torch.stack([*odds, torch.ones_like(odds[0])], 1).cpu()
     if seen.position is not None:
         one["position"] = cut(seen.position).cpu()
     if seen.targets is not None:
@@ -140,7 +147,7 @@ def _join(exits: Exits, parts: list[dict[str, Tensor]]) -> Trace:
     return Trace(
         depths=depths,
         costs=torch.tensor([float(d) for d in depths]),
-        stats={k: whole[k] for k in ("top1", "margin", "entropy", "cosine", "gate") if k in whole},
+        stats={k: whole[k] for k in ("top1", "margin", "entropy", "cosine", "gate", "agrees") if k in whole},
         label=whole["label"],
         targets=whole.get("targets"),
         position=whole.get("position"),

@@ -30,9 +30,11 @@ class Trace:
 
     depths: K ascending depths in blocks, the attached exits and the full depth; costs: [K] cumulative cost of leaving
     at each, by default in blocks; stats: [N, K] floats by name (top1, margin, entropy in nats, cosine with the
-    previous column, undefined in the first, gate); label: [N, K] argmax; classes: of the prediction; targets: [N] true
-    labels, -100 for none; position: [N]; losses: [N, K] task loss; logits: [N, K, classes]; model_hash: of model and
-    heads. Tensors are kept on the CPU. Raises `BadArgument` when shapes disagree.
+    previous column, undefined in the first; of trained gates of heads their probability `gate`, 0 where the answer is
+    no candidate, undefined in the last; of the gate that all exits share its probability `agrees`, 1 in the last);
+    label: [N, K] argmax; classes: of the prediction; targets: [N] true labels, -100 for none; position: [N]; losses:
+    [N, K] task loss; logits: [N, K, classes]; model_hash: of model and heads. Tensors are kept on the CPU. Raises
+    `BadArgument` when shapes disagree.
     """
 
     depths: tuple[int, ...]
@@ -218,7 +220,9 @@ def exit_columns(trace: Trace, policy: ExitPolicy) -> Tensor:
     if missing := policy.statistics() - held:
         fix = "offramp.record(model, data, logits=True)" if "prediction" in missing else "offramp.record(model, data)"
         if "gate" in missing:
-            fix = f'offramp.attach(model, at={list(trace.depths[:-1])}, gate="linear"), fit it with loss="gate", {fix}'
+            fix += ", with head='speculative' and gates trained by offramp.fit(model, data, loss='speculative_gate')"
+        if "agrees" in missing:
+            fix += ", with attach(..., gate='linear') and the gate trained by offramp.fit(model, data, loss='gate')"
         raise BadArgument(
             f"the trace does not hold {', '.join(sorted(missing))} (it has: {', '.join(sorted(held))}), which "
             f"{type(policy).__name__} looks at; record it again: {fix}"

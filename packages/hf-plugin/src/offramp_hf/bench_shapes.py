@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,72 +12,19 @@ import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 import offramp
 from offramp.policy import Evidence, ExitPolicy, State
 from offramp_hf import measure
 from offramp_hf.bench import origin
+from offramp_hf.clock import Clocked
 from offramp_hf.measure import Generate
 
 #: tokens of the prompt of `wide`: few, so that decoding is what is measured
 PROMPT = 16
 #: exits of the 12-block encoder
 ENCODER_AT = (2, 5, 8, 11)
-
-
-class BlockClock:
-    """Seconds spent in each block, summed over calls, while the context lasts."""
-
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
-        self.blocks = blocks
-        self.seconds = [0.0] * len(blocks)
-        self.started = 0.0
-
-    @contextmanager
-    def ready(self) -> Iterator[None]:
-        """Put a hook before and after each block."""
-        handles = []
-        for i, block in enumerate(self.blocks):
-            handles.append(block.register_forward_pre_hook(self.start))
-            handles.append(block.register_forward_hook(self.stopper(i)))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def start(self, *args: Any) -> None:
-        """Start the clock of the block that is called."""
-        self.started = time.perf_counter()
-
-    def stopper(self, index: int) -> Callable[..., None]:
-        """Return the hook that stops the clock of block `index`."""
-
-        def stop(*args: Any) -> None:
-            self.seconds[index] += time.perf_counter() - self.started
-
-        return stop
-
-
-class Clocked(BlockClock):
-    """A way that runs `call` with the clock on; keeps seconds per block of every call."""
-
-    def __init__(self, blocks: Sequence[nn.Module], call: Callable[[Any], Any]) -> None:
-        super().__init__(blocks)
-        self.call = call
-        self.kept: list[list[float]] = []
-
-    def __call__(self, item: Any) -> Any:
-        """Run once."""
-        self.seconds = [0.0] * len(self.blocks)
-        result = self.call(item)
-        self.kept.append(self.seconds)
-        return result
-
-    def after(self, start: int, last: int) -> list[float]:
-        """Return the seconds that blocks `start` and deeper took, for each of the last calls."""
-        return [sum(one[start:]) for one in self.kept[-last:]]
 
 
 def wide(width: int, blocks: int, new_tokens: int, repeats: int, console: Console) -> dict[str, Any]:

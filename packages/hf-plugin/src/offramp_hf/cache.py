@@ -75,6 +75,13 @@ class GrowingLayer(DynamicLayer):
         """Remove the last `-tokens_to_remove` tokens, as the framework's layers do."""
         self.crop_to(self.length - abs(tokens_to_remove))
 
+    def pick(self, start: int, path: Tensor) -> None:
+        """Put the slots `start + path` behind the first `start` ones, and forget the rest. path: int64 [batch, n]."""
+        for buffer in self.buffers:
+            wide = path[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[-1]) + start
+            buffer.narrow(-2, start, path.shape[1]).copy_(buffer.gather(-2, wide))
+        self.show(start + path.shape[1])
+
     def gather(self, index: Tensor) -> None:
         """Reorder slots per row. index: int64 [batch, slots]."""
         for buffer, kept in zip(self.buffers, (self.keys, self.values), strict=True):
@@ -189,3 +196,9 @@ def causal(queries: int, keys: int, dtype: torch.dtype, device: torch.device) ->
         torch.ones(queries, queries, dtype=torch.bool, device=device).triu(1), float("-inf")
     )
     return mask[None, None]
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the additive mask [batch, 1, new, slots] of what each new token sees, bool [batch, new, slots]."""
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]

@@ -1,4 +1,4 @@
-"""Commands for language models: `offramp demo lm`, `bench lm|wide|encoder`, `fit lm`, `record lm`, `generate lm`."""
+"""Commands for language models: `offramp demo lm`, `fit lm`, `record lm`, `generate lm`, and those that measure."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from offramp.cli import Json, console, group, options_from, write_json
+from offramp_hf.commands_bench import bench_encoder, bench_gate, bench_lm, bench_wide, tune
 
 Model = Annotated[str, typer.Argument(help="Directory or hub id of a causal language model.")]
 Data = Annotated[list[Path], typer.Option("--data", help="Text files; repeat for several.")]
@@ -26,12 +27,14 @@ def add(app: typer.Typer) -> None:
         ("bench", "lm"): bench_lm,
         ("bench", "wide"): bench_wide,
         ("bench", "encoder"): bench_encoder,
+        ("bench", "gate"): bench_gate,
         ("fit", "lm"): fit_lm,
         ("record", "lm"): record_lm,
         ("generate", "lm"): generate_lm,
     }
     for (verb, what), command in table.items():
         group(app, verb).command(what)(command)
+    app.command("tune")(tune)
 
 
 def demo_lm(
@@ -53,46 +56,6 @@ def demo_lm(
     console().print(
         f"wrote {escape(str(folder / 'report.html'))} and report.json in {time.perf_counter() - started:.0f} s"
     )
-
-
-def bench_lm(
-    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts to measure on.")] = 50,
-    folder: Annotated[Path, typer.Option("--out", help="Folder of the fitted exits, shared with the demo.")] = Path(
-        "demo"
-    ),
-    quick: Annotated[bool, typer.Option("--quick", help="Few steps and windows; the numbers mean little.")] = False,
-    out: Json = None,
-) -> None:
-    """Measure every way of generating on both testbed models."""
-    from offramp_hf.bench import lm
-
-    write_json(out, lm(folder, prompts, quick, console()))
-
-
-def bench_wide(
-    width: Annotated[int, typer.Option(help="Width of the model.")] = 1024,
-    blocks: Annotated[int, typer.Option(help="Blocks; exits at 1/4, 1/2 and 3/4 of them.")] = 16,
-    new_tokens: Annotated[int, typer.Option(min=2)] = 24,
-    repeats: Annotated[int, typer.Option(min=1)] = 5,
-    out: Json = None,
-) -> None:
-    """Measure realised / ideal of fixed exits on a wide model built from a config."""
-    from offramp_hf.bench_shapes import wide
-
-    write_json(out, wide(width, blocks, new_tokens, repeats, console()))
-
-
-def bench_encoder(
-    width: Annotated[int, typer.Option(help="Width of the encoder.")] = 256,
-    batch: Annotated[int, typer.Option(min=4, help="Rows of the batch.")] = 64,
-    length: Annotated[int, typer.Option(min=4, help="Tokens of each row.")] = 32,
-    repeats: Annotated[int, typer.Option(min=1)] = 10,
-    out: Json = None,
-) -> None:
-    """Measure realised / ideal of rows that leave a 12-block encoder's batch evenly over 4 exits."""
-    from offramp_hf.bench_shapes import encoder
-
-    write_json(out, encoder(width, batch, length, repeats, console()))
 
 
 def fit_lm(

@@ -238,12 +238,12 @@ def table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
         "way": lambda r: str(r["name"]),
         "tokens/s": lambda r: f"{r['tokens_per_second']:.1f}",
         "speed": lambda r: f"{r['speedup']:.2f}x",
-        "identical": lambda r: "yes" if r["identical"] else "no",
+        "identical": lambda r: {None: "-", True: "yes", False: "no"}[r["identical"]],
         "saved": lambda r: "-" if r["saved"] is None else f"{r['saved']:.1%}",
         "accepted": lambda r: f"{r['accepted']}/{r['drafted']}" if r["drafted"] else "-",
     }
     for n, name in enumerate(columns):
-        out.add_column(name, justify="right" if n else "left", no_wrap=True)
+        out.add_column(name, justify="right" if n else "left", no_wrap=n > 0)
     for row in rows:
         out.add_row(*(cell(row) for cell in columns.values()))
     return out

@@ -18,6 +18,10 @@ from torch import Tensor
 import offramp
 from offramp.attach import RECORD
 from offramp.enable import Stats, paused
+from offramp_hf.clock import sync
+
+#: arguments of `generate` that let the framework draft by itself
+FOREIGN = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens")
 
 
 @dataclass
@@ -30,11 +34,11 @@ class Timed:
 
 @dataclass
 class Generate:
-    """One way to generate, greedily, from one prompt; a row of the table.
+    """One way to generate from a batch of prompts; a row of the table.
 
     policy: enabled around every call (outside the clock) with the `enabled` options, None for the model as it is;
-    arguments: of `generate`. Statistics and what the decoding driver learned are kept from call to call, as they are
-    for a user who enables once.
+    arguments: of `generate`; sample: the temperature to sample at, every call from the same seed, None for greedy.
+    Statistics and what the decoding driver learned are kept from call to call, as they are for a user who enables once.
     """
 
     name: str
@@ -43,12 +47,20 @@ class Generate:
     policy: Any = None
     enabled: Mapping[str, Any] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    sample: float | None = None
     stats: Stats = field(default_factory=Stats)
     memory: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether something other than offramp drafts or skips: offramp does not count in it."""
+        return any(name in self.arguments for name in FOREIGN)
 
     @contextmanager
     def ready(self) -> Iterator[None]:
         """Enable the policy while the context lasts."""
+        if self.sample is not None:
+            torch.manual_seed(0)
         if self.policy is None:
             yield
             return
@@ -57,12 +69,13 @@ class Generate:
             yield
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """Return the ids [1, prompt + new] for the prompt ids [1, prompt]."""
+        """Return the ids [batch, prompt + new] for the prompt ids [batch, prompt]."""
+        sampled = {"do_sample": True, "temperature": self.sample, "top_k": 0, "top_p": 1.0}
         found: Tensor = self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=self.new_tokens,
-            do_sample=False,
+            **({"do_sample": False} if self.sample is None else sampled),
             **self.arguments,
         )
         return found
@@ -105,8 +118,10 @@ def _once(way: Callable[[Any], Any], item: Any) -> Timed:
     with ready():
         gc.disable()
         try:
+            sync()
             start = time.perf_counter()
             result = way(item)
+            sync()
             seconds = time.perf_counter() - start
         finally:
             if collecting:
@@ -125,20 +140,27 @@ def rows(
 
     tokens_per_second: all tokens over all seconds; speedup: its ratio to that of `base` (where the texts are identical,
     the ratio of the total times); speedup_median and speedup_quartiles: of the ratios prompt by prompt; identical: all
-    token ids of all prompts are equal; agreement: share of tokens that the full model chooses after the same text.
+    token ids of all prompts are equal; agreement: share of tokens that the full model chooses after the same text. Of
+    sampled text neither says anything: None.
     """
     reference = timed[base]
+    batch = prompts[0].shape[0]
+    base_made = _made(reference, prompts)
     out = []
     for way in ways:
         mine = timed[way.name]
-        made = [len(t.result[0]) - p.shape[1] for t, p in zip(mine, prompts, strict=True)]
-        base_made = [len(t.result[0]) - p.shape[1] for t, p in zip(reference, prompts, strict=True)]
+        made = _made(mine, prompts)
         rates = [n / t.seconds for n, t in zip(made, mine, strict=True)]
         base_rates = [n / t.seconds for n, t in zip(base_made, reference, strict=True)]
         total = sum(made) / sum(t.seconds for t in mine)
         base_total = sum(base_made) / sum(t.seconds for t in reference)
         ratios = [a / b for a, b in zip(rates, base_rates, strict=True)]
-        same = all(torch.equal(a.result, b.result) for a, b in zip(mine, reference, strict=True))
+        same: bool | None = all(torch.equal(a.result, b.result) for a, b in zip(mine, reference, strict=True))
+        agreed = 1.0 if same else None
+        if way.sample is not None:
+            same = agreed = None
+        elif not same:
+            agreed = agreement(way.model, [t.result for t in mine], prompts)
         row = {
             "name": way.name,
             "tokens_per_second": total,
@@ -147,33 +169,40 @@ def rows(
             "speedup_median": statistics.median(ratios),
             "speedup_quartiles": quartiles(ratios),
             "identical": same,
-            "agreement": 1.0 if same else agreement(way.model, [t.result for t in mine], prompts),
+            "agreement": agreed,
             "prompts": len(mine),
+            "batch": batch,
             "tokens": sum(made),
         }
-        out.append({**row, **counts(way, sum(made), depth)})
+        out.append({**row, **counts(way, sum(made), depth, batch)})
         if out[-1].get("bound"):
             out[-1]["of_bound"] = out[-1]["speedup"] / out[-1]["bound"]
     return out
 
 
-def counts(way: Generate, tokens: int, depth: int) -> dict[str, Any]:
+def _made(timed: Sequence[Timed], prompts: Sequence[Tensor]) -> list[int]:
+    """Return how many tokens each call made, over all rows of its batch."""
+    return [t.result.numel() - p.numel() for t, p in zip(timed, prompts, strict=True)]
+
+
+def counts(way: Generate, tokens: int, depth: int, batch: int = 1) -> dict[str, Any]:
     """Return what ran, from the statistics of the run; a way that never exits early runs everything.
 
     With g = tokens / rounds and L = depth, a round of gamma drafts from an exit at depth E runs L + gamma * E blocks,
     so the bound on the speed is L * g / (L + gamma * E) if nothing but blocks took time. The blocks of a round are
-    counted: that is L + gamma * E for one exit, and the right sum for several (draft_depth is E, their mean).
+    counted: that is L + gamma * E for one exit, and the right sum for several (draft_depth is E, their mean). Rows of a
+    batch share their rounds; all figures are per row.
     """
     stats = way.stats
-    if way.arguments:  # the framework's own drafting: offramp does not count in it
+    if way.foreign:
         return dict.fromkeys(
             ("saved", "accepted", "drafted", "blocks_run", "blocks_full", "rounds", "tokens_per_round", "bound")
         )
     if not stats.blocks_full:
         full = tokens * depth
         body: dict[str, Any] = {"saved": 0.0, "accepted": 0, "drafted": 0, "blocks_run": full, "blocks_full": full}
-        return {**body, "rounds": tokens, "tokens_per_round": 1.0, "bound": 1.0, "exits": {str(depth): tokens}}
-    rounds = max(1, stats.rounds)
+        return {**body, "rounds": tokens // batch, "tokens_per_round": 1.0, "bound": 1.0, "exits": {str(depth): tokens}}
+    rounds = max(1, stats.rounds) * batch
     g, gamma = stats.tokens / rounds, stats.drafted / rounds
     beyond = stats.blocks_run / rounds - depth
     return {
@@ -207,9 +236,9 @@ def agreement(model: Any, outputs: Sequence[Tensor], prompts: Sequence[Tensor]) 
     with paused(model):
         for ids, prompt in zip(outputs, prompts, strict=True):
             start = prompt.shape[1]
-            best = model(input_ids=ids).logits[0, start - 1 : -1].argmax(-1)
-            hits += int((best == ids[0, start:]).sum())
-            total += ids.shape[1] - start
+            best = model(input_ids=ids).logits[:, start - 1 : -1].argmax(-1)
+            hits += int((best == ids[:, start:]).sum())
+            total += best.numel()
     return hits / max(total, 1)
 
 
@@ -225,12 +254,12 @@ def count_blocks(way: Generate, prompts: Sequence[Tensor]) -> dict[str, Any]:
     try:
         with way.ready():
             for ids in prompts:
-                tokens += len(way(ids)[0]) - ids.shape[1]
+                tokens += way(ids).numel() - ids.numel()
     finally:
         for handle in handles:
             handle.remove()
-    full = tokens * len(blocks)
-    return {"blocks_run": calls[0], "blocks_full": full, "saved": 1 - calls[0] / full, "counted_on": len(prompts)}
+    full, ran = tokens * len(blocks), calls[0] * prompts[0].shape[0]
+    return {"blocks_run": ran, "blocks_full": full, "saved": 1 - ran / full, "counted_on": len(prompts)}
 
 
 def machine() -> str:

@@ -13,6 +13,7 @@ from torch import nn
 from offramp._hookspecs import hookimpl
 from offramp._registry import add_folder
 from offramp.backbone import Backbone
+from offramp.draft import DraftRule
 from offramp.errors import UnsupportedModel
 from offramp.head import ExitHead
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import typer
 
 add_folder(ExitHead, "offramp_hf.heads")
+add_folder(DraftRule, "offramp_hf.drafting")
 
 
 @hookimpl

@@ -42,8 +42,8 @@ class ExitTraining(nn.Module):
         self.model = model
         self.__dict__["exits"] = exits
         self.objective: Loss = create(Loss, loss, **options) if isinstance(loss, str) else loss
-        if self.objective.trains != "heads":
-            raise BadArgument('the Trainer trains heads; for the gate: offramp.fit(model, data, loss="gate")')
+        if self.objective.taps(exits.at, exits.backbone.depth):
+            raise BadArgument(f"{self.objective} trains the model itself, the Trainer only exits; use offramp.fit")
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # what accelerate's FSDP shards as a unit
         self._takes = set(inspect.signature(model.forward).parameters) | {"labels"}
 
@@ -62,14 +62,17 @@ class ExitTraining(nn.Module):
         """Return {"loss"} for one batch, with columns that the model does not take left out, as the Trainer does."""
         exits = self._exits
         with torch.no_grad(), paused(self.model):
-            seen = exits.backbone.observe({k: v for k, v in batch.items() if k in self._takes}, exits.at)
+            seen = exits.observe({k: v for k, v in batch.items() if k in self._takes})
             final = exits.backbone.context().readout(seen.final)
-        answers = [exits[d](h) for d, h in zip(exits.at, seen.hidden, strict=True)]
+        inputs = exits.inputs(seen)
+        answers, targets = self.objective.read(exits, inputs, final, seen.targets, range(len(exits)))
         rows = len(final)
         # a process may have no labelled row; its heads still take part in the exchange of gradients
-        loss = self.objective(answers, final, seen.targets) if rows else sum(a.sum() for a in answers) * 0.0
+        loss: Any = self.objective(answers, final, targets) if rows else sum(a.sum() for a in answers) * 0.0
         if self.training:
             return {"loss": loss * _share(rows, final.device)}
+        if self.objective.gate:  # of the readouts, which this loss leaves as they are
+            answers = [exits[d](h) for d, h in zip(exits.at, inputs, strict=True)]
         return {"loss": loss, **_agreement(answers, final, seen)}
 
 
@@ -187,10 +190,11 @@ def train(
     try:
         for p in flags:
             p.requires_grad_(False)
-        for p in trainable(exits):
+        objective: Loss = create(Loss, loss, **options) if isinstance(loss, str) else loss
+        for p in trainable(exits, objective.gate, objective.shared):
             p.requires_grad_(True)
         more = {"train_dataset": dataset, "eval_dataset": eval_dataset, **(trainer or {})}
-        runner = ExitTrainer(model, args, loss=loss, options=options, **more)
+        runner = ExitTrainer(model, args, loss=objective, **more)
         report.before = _evaluate(runner, exits, eval_dataset)
         runner.train(resume_from_checkpoint=resume_from_checkpoint)
         report.agreement = _evaluate(runner, exits, eval_dataset)

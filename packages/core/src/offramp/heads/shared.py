@@ -24,7 +24,12 @@ class Shared(ExitHead):
         """Take the backbone's readout."""
         return cls(base)
 
+    def features(self, hidden: Tensor) -> Tensor:
+        """Return the state after the backbone's norm."""
+        base: HeadContext = self.__dict__["base"]
+        out: Tensor = base.norm(hidden)
+        return out
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Map hidden [..., width] to logits [..., classes]."""
-        base: HeadContext = self.__dict__["base"]
-        return base.readout(hidden)
+        return self.unembed(self.features(hidden))

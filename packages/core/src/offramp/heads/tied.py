@@ -25,6 +25,11 @@ class Tied(ExitHead):
         """Start from the final norm itself, so that the untrained head is the logit lens."""
         return cls(base)
 
+    def features(self, hidden: Tensor) -> Tensor:
+        """Return the normed state."""
+        out: Tensor = self.exit_norm(hidden)
+        return out
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Map hidden [..., width] to logits [..., classes]."""
-        return self.unembed(self.exit_norm(hidden))
+        return self.unembed(self.features(hidden))

@@ -41,8 +41,12 @@ class Translator(ExitHead):
         """Start as the logit lens."""
         return cls(base, rank, act)
 
+    def features(self, hidden: Tensor) -> Tensor:
+        """Return the moved and normed state."""
+        inner = self.down(hidden)
+        out: Tensor = self.exit_norm(hidden + self.up(nn.functional.silu(inner) if self.act == "silu" else inner))
+        return out
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Map hidden [..., width] to logits [..., classes]."""
-        inner = self.down(hidden)
-        moved = hidden + self.up(nn.functional.silu(inner) if self.act == "silu" else inner)
-        return self.unembed(self.exit_norm(moved))
+        return self.unembed(self.features(hidden))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,22 +14,35 @@ from offramp._registry import register
 from offramp.errors import BadArgument
 from offramp.loss import Loss, weigh
 
+if TYPE_CHECKING:
+    from offramp.attach import Exits
+
 
 @register("gate")
 @dataclass(frozen=True)
 class GateLoss(Loss):
     """Binary cross-entropy of the gate's log-odds with "this exit agrees", both answers weighing alike at each exit.
 
-    predictions: K tensors [rows, 1] of log-odds; targets: bool [rows, K], whether each exit's largest class is the
+    predictions: K tensors [rows] of log-odds; targets: bool [rows, K], whether each exit's largest class is the
     full model's. Backbone and heads are frozen. weighting: of the exits. Raises `BadArgument`. Paper: CALM (Schuster
     et al., arXiv 2207.07061), whose weighting is uniform.
     """
 
-    trains: ClassVar[str] = "gate"
+    gate: ClassVar[bool] = True
+    shared: ClassVar[bool] = True
     weighting: str = "uniform"
 
     def __post_init__(self) -> None:
         weigh([torch.zeros(())], self.weighting)  # an unknown weighting is refused here, not at the first step
+
+    def read(
+        self, exits: Exits, hidden: Sequence[Tensor], final: Tensor, targets: Tensor | None, active: Sequence[int]
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Return (the gate's log-odds [rows] per exit, whether each exit agrees with the full model [rows, exits])."""
+        with torch.no_grad():
+            best = final.argmax(-1)
+            hits = torch.stack([exits[exits.at[i]](hidden[i]).argmax(-1) == best for i in active], 1)
+        return [exits.gate_module.log_odds(hidden[i].detach()) for i in active], hits
 
     def each(self, predictions: Sequence[Tensor], final: Tensor, targets: Tensor | None) -> list[Tensor]:
         """Return one loss in nats per exit; `final` is not used."""
@@ -37,7 +50,7 @@ class GateLoss(Loss):
             raise BadArgument(
                 'loss "gate" needs targets [rows, exits]; offramp.fit(model, data, loss="gate") makes them'
             )
-        return [_balanced(p.squeeze(-1), agrees) for p, agrees in zip(predictions, targets.unbind(1), strict=True)]
+        return [_balanced(p, agrees) for p, agrees in zip(predictions, targets.unbind(1), strict=True)]
 
 
 def _balanced(odds: Tensor, agrees: Tensor) -> Tensor:

@@ -24,16 +24,18 @@ class LayerSkip(Loss):
 
     With K exits, exit j weighs e_scale * weighting(j) and the last layer K + 1 + e_scale * K (K + 1) / 2, normalised
     over what takes part in the step. curriculum: "rotational" (every `rotation`-th exit, the offset moves each step),
-    "gradual" (from the deepest exit to the shallowest during the first half of training) or "none"; own: share of the
-    exits' loss that is the divergence from the model's own last layer instead of the labels (not in the paper; it
-    raises agreement, which is what drafts live on). targets: LongTensor [rows], -100 is left out. Raises
-    `BadArgument`. Paper: LayerSkip (Elhoushi et al., arXiv 2404.16710).
+    "gradual" (from the deepest exit to the shallowest during the first half of training) or "none". Two options are
+    not in the paper and raise agreement, which drafts live on: own, the share of the exits' loss that is the divergence
+    from the model's own last layer instead of the labels; and pull, the weight, beside the last layer's cross-entropy,
+    of its divergence from the exits, so that it says something else only where that pays. targets: LongTensor [rows],
+    -100 is left out. Raises `BadArgument`. Paper: LayerSkip (Elhoushi et al., arXiv 2404.16710).
     """
 
     e_scale: float = 1.0
     curriculum: str = "rotational"
     rotation: int = 3
     own: float = 0.0
+    pull: float = 0.0
     weighting: str = "sum"
 
     def __post_init__(self) -> None:
@@ -45,6 +47,8 @@ class LayerSkip(Loss):
             raise BadArgument(f"layerskip: rotation must be a whole number >= 1, not {self.rotation!r}")
         if not 0 <= self.own <= 1:
             raise BadArgument(f"layerskip: own must be a share from 0 to 1, not {self.own!r}")
+        if not 0 <= self.pull < math.inf:
+            raise BadArgument(f"layerskip: pull must be a weight from 0 on, not {self.pull!r}")
         weigh([torch.zeros(())], self.weighting)  # an unknown weighting is refused here, not at the first step
 
     def active(self, step: int, steps: int, count: int) -> Sequence[int]:
@@ -53,7 +57,7 @@ class LayerSkip(Loss):
             done = min(1.0, 2 * (step + 1) / steps)
             return range(count - max(1, math.ceil(done * count)), count)
         if self.curriculum == "rotational":
-            turn = min(self.rotation, count)
+            turn = max(1, min(self.rotation, count))
             return range(step % turn, count, turn)
         return range(count)
 
@@ -65,9 +69,7 @@ class LayerSkip(Loss):
         if self.own:
             log_p = final.detach().float().log_softmax(-1)
             for i, prediction in enumerate(predictions):
-                log_q = prediction.float().log_softmax(-1)
-                divergence = functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
-                out[i] = (1 - self.own) * out[i] + self.own * divergence
+                out[i] = (1 - self.own) * out[i] + self.own * _divergence(log_p, prediction)
         return out
 
     def __call__(
@@ -87,8 +89,18 @@ class LayerSkip(Loss):
         weights = [scale * self.e_scale * raw[j] for j in taking] + [count + 1 + self.e_scale * count * (count + 1) / 2]
         if targets is None:
             raise BadArgument('loss "layerskip" needs labels; for a language model give them as labels=input_ids')
-        losses = torch.stack([*self.each(predictions, final, targets), _cross_entropy(final, targets)])
+        last = _cross_entropy(final, targets)
+        if self.pull and predictions:
+            teachers = [p.detach().float().log_softmax(-1) for p in predictions]
+            last = last + self.pull * torch.stack([_divergence(log_p, final) for log_p in teachers]).mean()
+        losses = torch.stack([*self.each(predictions, final, targets), last])
         return (losses * losses.new_tensor(weights)).sum() / sum(weights)
+
+
+def _divergence(log_p: Tensor, logits: Tensor) -> Tensor:
+    """Return KL(p, softmax(logits)) in nats, mean over rows."""
+    log_q = logits.float().log_softmax(-1)
+    return functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

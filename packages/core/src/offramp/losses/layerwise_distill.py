@@ -44,6 +44,8 @@ class LayerwiseDistill(Loss):
 
     def taps(self, at: Sequence[int], depth: int) -> Sequence[int]:
         """Return the depths of students and teachers."""
+        if not at:
+            raise BadArgument('loss "layerwise_distill" trains exits, and there are none; attach some')
         students, teachers = _depths(max(at), depth)
         return sorted({*students, *teachers} - {depth})
 

@@ -12,10 +12,15 @@ from offramp.policy import ExitPolicy, State
 
 def wrapped(value: Any, owner: str) -> ExitPolicy:
     """Return `value` as a policy: a policy object, or its config `{"policy": name, ...}`; else raises `BadArgument`."""
-    if isinstance(value, ExitPolicy):
-        return value
     if isinstance(value, dict) and "policy" in value:
-        return policy_from(value)
+        value = policy_from(value)
+    if isinstance(value, ExitPolicy):
+        if type(value).confirm is not ExitPolicy.confirm:
+            raise BadArgument(
+                f"{owner}: {type(value).__name__} has the full head confirm every exit and cannot be held by another "
+                f"policy; enable it alone"
+            )
+        return value
     raise BadArgument(
         f'{owner}: {value!r} is not a policy; give offramp.policy("confidence", threshold=0.9) '
         f'or {{"policy": "confidence", "threshold": 0.9}}'

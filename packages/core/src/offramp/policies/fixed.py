@@ -32,6 +32,10 @@ class Fixed(ExitPolicy):
         """Stop all rows once `depth` blocks have run."""
         return seen.every(seen.depth >= self.depth), state
 
+    def opens(self, depth: int) -> bool:
+        """Only exits from `depth` on."""
+        return depth >= self.depth
+
     def check(self, depths: Sequence[int]) -> None:
         """Refuse a depth that no exit reaches: it would silently run the full model."""
         if depths and self.depth > max(depths):

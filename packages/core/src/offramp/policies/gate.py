@@ -23,7 +23,7 @@ class Gate(ThresholdPolicy):
     Paper: the classifier of CALM (Schuster et al., arXiv 2207.07061).
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"gate"})
+    needs: ClassVar[frozenset[str]] = frozenset({"agrees"})
     safer: ClassVar[str] = "up"
     threshold: float | tuple[float, ...]
 
@@ -32,7 +32,7 @@ class Gate(ThresholdPolicy):
 
     def score(self, seen: Evidence) -> Tensor:
         """Return the gate's probability [rows]."""
-        return seen["gate"]
+        return seen["agrees"]
 
     def grid(self, classes: int) -> Sequence[float]:
         """Return thresholds from 1 down to 0.01."""

@@ -34,7 +34,7 @@ def toy_trace(rows: int = 400, depths: tuple[int, ...] = (2, 4, 6, 8), classes: 
     each = [torch.nn.functional.cross_entropy(z, targets, reduction="none") for z in logits]
     return Trace(
         depths,
-        {**stats, "cosine": torch.stack(near, 1), "gate": stats["top1"].square()},
+        {**stats, "cosine": torch.stack(near, 1), "gate": stats["top1"].square(), "agrees": stats["top1"].square()},
         label=torch.stack([f["label"] for f in found], 1),
         classes=classes,
         targets=targets,

@@ -10,6 +10,7 @@ from torch import nn
 
 from offramp.attach import Exits, attach
 from offramp.fit import trainable
+from offramp.head import Around, ask_in_turn
 from offramp.testing import ContractError
 from offramp.testing.toy import ToyModel, toy_plugin
 
@@ -17,16 +18,16 @@ from offramp.testing.toy import ToyModel, toy_plugin
 def check_head(name: str, model: nn.Module | None = None, **config: Any) -> None:
     """Attach the head called `name` to `model` (default: a `ToyModel`) and check what every head promises.
 
-    Untrained it is the backbone's own readout; it keeps leading dimensions; the backbone's `state_dict` keys and
-    weights stay; its own state is complete, separate from the backbone and survives a round trip; what `fit` would
-    train gets a gradient and is saved. config: the head's options. Raises `ContractError`.
+    Untrained it is the backbone's own readout, unless config has init="random"; it keeps leading dimensions; the
+    backbone's `state_dict` keys and weights stay; its own state is complete, separate from the backbone and survives a
+    round trip; what `fit` would train gets a gradient and is saved. config: the head's options. Raises `ContractError`.
     """
     with toy_plugin() if model is None else nullcontext():
         model = ToyModel() if model is None else model
         model.eval()
         before = {k: v.clone() for k, v in model.state_dict().items()}
         with attach(model, [1, 2], name, **config) as exits:
-            _readout(exits)
+            _readout(exits, lens=type(exits[1]).lens and config.get("init") != "random")
             _backbone_untouched(exits, before)
             if type(exits[1]).own:
                 _round_trip(exits)
@@ -44,19 +45,19 @@ def _states(exits: Exits, *lead: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _readout(exits: Exits) -> None:
+def _readout(exits: Exits, lens: bool) -> None:
     context = exits.backbone.context()
     for lead in ((3,), (1,), (0,), (2, 3)):
         hidden = _states(exits, *lead)
-        out, lens = exits[1](hidden), context.readout(hidden)
+        out, wanted = exits[1](_mixed(exits, 1, hidden)), context.readout(hidden)
         if out.shape != (*lead, context.classes):
             raise ContractError(
                 f"head {exits.head!r}: {tuple(hidden.shape)} gives {tuple(out.shape)}, not {(*lead, context.classes)}"
             )
-        if not torch.allclose(out, lens, rtol=1e-4, atol=1e-5):
+        if lens and not torch.allclose(out, wanted, rtol=1e-4, atol=1e-5):
             raise ContractError(
                 f"head {exits.head!r}: untrained it is not the backbone's own readout (off by "
-                f"{(out - lens).abs().max():g}); start its norm and projection from `base`, and added maps from zero"
+                f"{(out - wanted).abs().max():g}); start its norm and projection from `base`, and added maps from zero"
             )
 
 
@@ -85,12 +86,31 @@ def _round_trip(exits: Exits) -> None:
     for value in one.values():
         value.data.copy_(torch.randn(value.shape).to(value))
     hidden = _states(exits, 4)
-    if torch.equal(exits[1](hidden), exits[2](hidden)):
+    if torch.equal(_says(exits, 1, hidden), _says(exits, 2, hidden)):
         raise ContractError(f"head {exits.head!r}: its own_state() does not change what it says")
     for key, value in two.items():
         value.data.copy_(one[key])
-    if not torch.equal(exits[1](hidden), exits[2](hidden)):
+    if not torch.equal(_says(exits, 1, hidden), _says(exits, 2, hidden)):
         raise ContractError(f"head {exits.head!r}: a head with the own_state() of another says something else")
+
+
+def _mixed(exits: Exits, depth: int, hidden: torch.Tensor) -> torch.Tensor:
+    """Return states [..., width] as a head reads them: for one that mixes, as texts along the last dimension but one.
+    """
+    head = exits[depth]
+    if not type(head).mixes or not hidden.numel():
+        return hidden
+    texts = hidden.reshape(-1, *hidden.shape[-2:])
+    return head.mix(texts, Around(torch.arange(texts.shape[1])[None])).reshape(hidden.shape)
+
+
+def _says(exits: Exits, depth: int, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the prediction of a head, and where it has a gate beside it, what that says when asked alone."""
+    out: torch.Tensor = exits[depth](_mixed(exits, depth, hidden))
+    if type(exits[depth]).gates:
+        said = ask_in_turn([exits[depth]], [hidden], out)[0][0]
+        out = torch.cat([out, said.unsqueeze(-1)], -1)
+    return out
 
 
 def _gradient(exits: Exits) -> None:
@@ -103,7 +123,8 @@ def _gradient(exits: Exits) -> None:
         for p in flags:
             p.requires_grad_(any(p is w for w in wanted))
         with torch.enable_grad():
-            out = sum(exits[depth](_states(exits, 4)).square().mean() for depth in exits)
+            hidden = _states(exits, 4)
+            out = sum(_says(exits, depth, hidden).square().mean() for depth in exits)
             if not isinstance(out, torch.Tensor) or not out.requires_grad:
                 raise ContractError(f"head {exits.head!r}: none of its own weights gets a gradient")
             found = torch.autograd.grad(out, wanted, allow_unused=True)

@@ -20,11 +20,14 @@ def check_loss(loss: Loss, exits: int = 3, classes: int = 7, rows: int = 10) -> 
     settings = getattr(loss, "__dataclass_params__", None)
     require(settings is not None and settings.frozen, loss, "must be a frozen dataclass")
     require(loss.weighting in WEIGHTINGS, loss, f"weighting {loss.weighting!r} is not one of {sorted(WEIGHTINGS)}")
-    require(loss.trains in ("heads", "gate"), loss, f'trains {loss.trains!r}; that must be "heads" or "gate"')
-    make, gate = torch.Generator().manual_seed(0), loss.trains == "gate"
-    predictions = [torch.randn(rows, 1 if gate else classes, generator=make, requires_grad=True) for _ in range(exits)]
+    make = torch.Generator().manual_seed(0)
+    shape = (rows,) if loss.gate else (rows, classes)
+    predictions = [torch.randn(shape, generator=make, requires_grad=True) for _ in range(exits)]
     final = torch.randn(rows, classes, generator=make, requires_grad=True)
-    targets = torch.randint(2 if gate else classes, (rows, exits) if gate else (rows,), generator=make)
+    if loss.gate:  # for each exit, whether it is right
+        targets = torch.randint(2, (rows, exits), generator=make)
+    else:
+        targets = torch.randint(classes, (rows,), generator=make)
     parts = loss.each(predictions, final, targets)
     right = len(parts) == exits and all(p.dim() == 0 and bool(p.isfinite()) for p in parts)
     require(right, loss, f"each must return {exits} finite scalars, one per exit")
@@ -66,8 +69,8 @@ def _check_descent(loss: Loss, predictions: Sequence[Tensor], final: Tensor, tar
 
 
 def _agreement(predictions: Sequence[Tensor], final: Tensor, targets: Tensor) -> tuple[float, float]:
-    if targets.dim() == 2:  # of a gate: whether it says more likely than not where the exit agrees
-        odds = torch.cat([p.detach() for p in predictions], 1)
-        return 0.0, float(((odds > 0) == targets.bool()).double().mean())
+    if targets.dim() > 1:
+        said = float((torch.stack([p.detach() > 0 for p in predictions], 1) == targets).double().mean())
+        return said, said
     answers = torch.stack([p.detach().argmax(-1) for p in predictions])
     return float((answers == final.argmax(-1)).double().mean()), float((answers == targets).double().mean())

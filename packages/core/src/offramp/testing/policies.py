@@ -43,6 +43,7 @@ def check_policy(policy: ExitPolicy, depths: Sequence[int] = (2, 4, 6, 8), class
 def random_evidence(depths: Sequence[int], classes: int, rows: int, seed: int = 0) -> list[Evidence]:
     """Return one `Evidence` per exit for the same rows: states that settle, every statistic, one row of NaN."""
     make = torch.Generator().manual_seed(seed)
+    chance = torch.Generator().manual_seed(seed + 1)
     goal, out, previous = torch.randn(rows, 8, generator=make), list[Evidence](), torch.zeros(rows, 8)
     readout = torch.randn(8, classes, generator=make)
     for index, depth in enumerate(depths):
@@ -54,7 +55,8 @@ def random_evidence(depths: Sequence[int], classes: int, rows: int, seed: int = 
         stats = confidence(logits, {"top1", "margin", "entropy", "label"})
         if index:
             stats["cosine"] = cosine(hidden, previous)
-        stats["gate"] = hidden[:, 0].sigmoid()
+        stats["gate"] = stats["top1"] * torch.rand(rows, generator=chance)
+        stats["agrees"] = hidden[:, 0].sigmoid()
         previous, last = hidden, index == len(depths) - 1
         position = torch.arange(rows)
         out.append(Evidence(index, depth, index == 0, last, hidden, logits, classes, position, stats))

@@ -18,7 +18,7 @@ from offramp.blocks import BlockSpec, Chain
 from offramp.enable import Run
 from offramp.engine import SinglePass
 from offramp.errors import BadArgument
-from offramp.head import HeadContext
+from offramp.head import Around, HeadContext
 
 NAME = "toy"
 
@@ -102,6 +102,8 @@ def _same(logits: Tensor) -> Tensor:
 class ToyBackbone(Backbone):
     """`ToyModel` as a chain of blocks; a batch is a tensor x or a mapping with x, and optionally mask and labels."""
 
+    sequences = True
+
     def __init__(self, model: ToyModel) -> None:
         self.model: ToyModel = model
         self.names = [f"blocks.{i}" for i in range(len(model.blocks))]
@@ -130,20 +132,29 @@ class ToyBackbone(Backbone):
             return self.model(batch["x"], batch.get("mask"))
         return self.model(batch)
 
-    def observe(self, batch: Any, depths: Sequence[int]) -> Observed:
+    def observe(self, batch: Any, depths: Sequence[int], whole: bool = False) -> Observed:
         """Return the first token's states at `depths` and at the end, and the labels if there are any."""
         with self.chain().capture([*depths, self.depth]) as kept:
             self.call(batch)
         states = [self.pool(kept[d]) for d in depths]
         final = self.pool(kept[self.depth])
         targets = batch.get("labels") if isinstance(batch, Mapping) else None
-        return Observed(states, final, targets, sample=torch.arange(len(final)))
+        seen = Observed(states, final, targets, sample=torch.arange(len(final)))
+        if whole:
+            seen.whole, seen.keep = [kept[d] for d in depths], torch.zeros(kept[self.depth].shape[:2], dtype=torch.bool)
+            seen.keep[:, 0] = True
+            seen.around = Around(torch.arange(seen.keep.shape[1])[None])
+        return seen
 
     def drive(self, run: Run) -> Undo:
         """Exit inside one forward; generation's options have no meaning here and are refused."""
         options = run.options
-        if options.verify or options.draft is not None or options.rollback is not None:
-            raise BadArgument("verify and draft need a model that generates, as does rollback; ToyModel does not")
+        generates = options.verify or options.draft is not None or options.rollback is not None
+        if generates or options.kv == "schedule":
+            raise BadArgument(
+                'verify and draft need a model that generates, as do rollback and kv="schedule"; ToyModel answers once '
+                "per call"
+            )
         return SinglePass(run, self.model.head).install()
 
 

@@ -16,12 +16,12 @@ from offramp.enable import Run, paused
 from offramp.engine import LOGITS, SinglePass
 from offramp.errors import BadArgument, UnsupportedModel
 from offramp.head import HeadContext
-from offramp.policy import ExitPolicy
+from offramp.policy import ExitPolicy, SchedulePolicy
 from offramp.record import evaluating
 from offramp_diffusers.heads.passthrough import Passthrough
 
 #: statistics of a prediction, and what is trained on them
-NOT_HERE = LOGITS | {"gate"}
+NOT_HERE = LOGITS | {"gate", "agrees"}
 #: tokens of text that the probe brings along, and where a config says how wide they are
 TEXT, TEXT_WIDTH = 3, ("caption_channels", "joint_attention_dim", "cross_attention_dim")
 
@@ -60,7 +60,7 @@ class DitBackbone(Backbone):
             )
         return self.model(**batch)
 
-    def observe(self, batch: Any, depths: Sequence[int]) -> Observed:
+    def observe(self, batch: Any, depths: Sequence[int], whole: bool = False) -> Observed:
         """Return the states at `depths` and at the end, one row per token; `sample` says of which image it is."""
         with paused(self.model), self.chain().capture([*depths, self.depth]) as kept:
             self.call(batch)
@@ -121,7 +121,7 @@ def _fitting(run: Run) -> list[str]:
             example = lookup(ExitPolicy, name).example(run.exits.at, 0)
         except (BadArgument, TypeError):  # a third party's policy that cannot be made from nothing
             continue
-        if not example.statistics() & NOT_HERE:
+        if not example.statistics() & NOT_HERE and not isinstance(example, SchedulePolicy):
             found.append(name)
     return found
 

@@ -55,7 +55,8 @@ def windowed(decoder: Decoder) -> tuple[Any, Tensor, Tensor]:
     """Return (cache, logits, the model's own logits) of two rows, one padded: three tokens at once, then two windows of
     two tokens, then two of one."""
     from offramp_hf.cache import GrowingLayer, WindowCache
-    from offramp_hf.decode.runner import Place, Through
+    from offramp_hf.decode.place import Place
+    from offramp_hf.decode.runner import Through
 
     ids = decoder._ids(2, 6)
     mask = torch.ones_like(ids)
@@ -74,7 +75,8 @@ def windowed(decoder: Decoder) -> tuple[Any, Tensor, Tensor]:
 def direct_is_exact(decoder: Decoder) -> bool:
     """Whether running the blocks directly gives the model's own logits: three tokens, then two, then one."""
     from offramp_hf.cache import GrowingLayer, WindowCache
-    from offramp_hf.decode.runner import Direct, Place, Unfit
+    from offramp_hf.decode.direct import Direct, Unfit
+    from offramp_hf.decode.place import Place
 
     devices = {p.device for p in decoder.model.parameters()}
     if len(devices) != 1 or why_not_rope(decoder.model, 1 << 62) is not None:  # tables of such positions do not last
@@ -96,3 +98,37 @@ def direct_is_exact(decoder: Decoder) -> bool:
         return False
     low = full.dtype in (torch.float16, torch.bfloat16)
     return bool(torch.allclose(logits, full, rtol=5e-2 if low else 1e-3, atol=5e-2 if low else 1e-4))
+
+
+def trees_are_exact(decoder: Decoder) -> bool:
+    """Whether several continuations, run in one call that says who sees whom, give the model's own logits."""
+    from offramp_hf.cache import GrowingLayer, WindowCache
+    from offramp_hf.decode.place import Place, Tree
+    from offramp_hf.decode.runner import Through
+
+    ids = decoder._ids(2, 8)
+    mask = torch.ones_like(ids[:, :4])
+    mask[0, 0] = 0
+    where = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if decoder.takes("position_ids") else {}
+    tree = Tree(4, ids[:, 4:5])
+    tree.grow(torch.zeros_like(ids[:, :2]), ids[:, 5:7])
+    tree.grow(torch.tensor([[2], [1]], device=ids.device), ids[:, 7:])
+    cache = WindowCache([GrowingLayer() for _ in decoder.blocks])
+    place = Place(torch.cat([mask, torch.ones_like(ids[:, 4:])], 1), 8, tree=tree)
+    try:
+        decoder.forward(ids[:, :4], cache, {"attention_mask": mask, **where})
+        through = Through(decoder, cache, {})
+        found = decoder.context().readout(through.window(tree.tokens, 0, decoder.depth, None, place))
+        for row in range(2):
+            for node in range(4):
+                nodes = [i + 4 for i in tree.seen[row, node].nonzero().squeeze(-1).tolist()]
+                alone = torch.cat([ids[row : row + 1, int(row == 0) : 4], ids[row : row + 1, nodes]], 1)
+                full = decoder.model(input_ids=alone, use_cache=False).logits[0, -1]
+                off = (found[row, node] - full).float().abs().nan_to_num()
+                size = full.float().abs().nan_to_num().max().clamp(min=1e-6)
+                low = full.dtype in (torch.float16, torch.bfloat16)
+                if not (off.mean() < MEAN_LOW * size if low else off.max() < ROUNDING * size):
+                    return False
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return False
+    return True

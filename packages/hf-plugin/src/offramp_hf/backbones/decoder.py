@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -16,67 +15,17 @@ from offramp.backbone import Backbone, Observed, Tap, Undo
 from offramp.blocks import Call, Chain, learn_spec
 from offramp.enable import Run
 from offramp.errors import BadArgument, UnsupportedModel
-from offramp.head import HeadContext
-from offramp_hf.backbones._windows import check_windows, direct_is_exact
-
-
-class Finish:
-    """What a model does to its logits after the projection: nothing, a scale, or a soft cap."""
-
-    def __init__(self, scale: float = 1.0, cap: float | None = None) -> None:
-        self.scale, self.cap = scale, cap
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Return the finished logits, same shape."""
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
-
-    @classmethod
-    def candidates(cls, config: Any) -> Iterator[Finish]:
-        """Yield what the config allows, the plainest last; which one it is, a probe decides."""
-        if getattr(config, "final_logit_softcapping", None):
-            yield cls(cap=config.final_logit_softcapping)
-        for name, power in (("logit_scale", 1), ("logits_scaling", -1)):
-            if getattr(config, name, None):
-                yield cls(scale=float(getattr(config, name)) ** power)
-        yield cls()
-
-
-def block_list(root: nn.Module, depth: int | None, skip: str = "") -> tuple[str, nn.ModuleList]:
-    """Return the outermost module list of `depth` blocks under `root`; raises `UnsupportedModel` when there is not
-    one.
-    """
-    lists = [(n, m) for n, m in root.named_modules() if isinstance(m, nn.ModuleList) and not n.startswith("exits")]
-    if skip:
-        lists = [(n, m) for n, m in lists if not n.startswith(skip)]
-    outer = [(n, m) for n, m in lists if not any(n.startswith(o + ".") for o, _ in lists)]
-    fitting = [(n, m) for n, m in outer if len(m) == depth] if depth else outer
-    if len(fitting) != 1 or len(fitting[0][1]) < 2:
-        found = ", ".join(f"{n} ({len(m)})" for n, m in outer) or "none"
-        raise UnsupportedModel(
-            f"{type(root).__name__}: expected one list of {depth or 'two or more'} blocks, found module lists: {found}"
-        )
-    return fitting[0]
-
-
-@contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Probe in eval mode without touching the random state; the mode of every module is put back."""
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+from offramp.head import Around, HeadContext
+from offramp_hf.backbones._blocks import block_list, quiet
+from offramp_hf.backbones._finish import Finish
+from offramp_hf.backbones._windows import check_windows, direct_is_exact, trees_are_exact
 
 
 class Decoder(Backbone):
     """A causal language model of the transformers library; `names`, readout and calls are found by running it once."""
 
     kind = "decoder-only"
+    sequences = True
     model: Any
 
     def __init__(self, model: Any) -> None:
@@ -145,7 +94,7 @@ class Decoder(Backbone):
         width = seen["hidden"].shape[-1]
         fitting = []
         for norm, finish in product(self._norms(plain, width), self._finishes()):
-            context = HeadContext(norm, unembed, finish, width, logits.shape[-1])
+            context = HeadContext(norm, unembed, finish, width, logits.shape[-1], self.blocks[-1])
             found = context.readout(seen["hidden"])
             if torch.allclose(found, logits, rtol=1e-3, atol=1e-4, equal_nan=True):
                 fitting.append((float((found - logits).abs().nan_to_num().max()), context))
@@ -196,8 +145,17 @@ class Decoder(Backbone):
         """Run the model's own forward."""
         return self.model(**self.batch(batch))
 
-    def observe(self, batch: Any, depths: Sequence[int]) -> Observed:
+    def observe(self, batch: Any, depths: Sequence[int], whole: bool = False) -> Observed:
         """Return one row per token that is not padding; with `labels`, the targets are the next tokens."""
+        return self._observed(*self._rows(batch), depths, whole)
+
+    def generated(self, batch: Any) -> Tensor:
+        """Return which generated token each place [batch, token] predicts: places count from the first that `observe`
+        returns, so what the labels leave out (-100) at the start is the prompt."""
+        return self._rows(batch)[1].long().cumsum(-1) - 1
+
+    def _rows(self, batch: Any) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor | None]:
+        """Return inputs, which places are rows [batch, token], their positions and their targets."""
         inputs = self.batch(batch)
         labels = inputs.pop("labels", None)
         mask = inputs.get("attention_mask")
@@ -208,22 +166,33 @@ class Decoder(Backbone):
             targets = torch.full_like(labels, -100)
             targets[:, :-1] = labels[:, 1:]
             keep = keep & (targets != -100)
-        return self._observed(inputs, keep, position, targets, depths)
+        return inputs, keep, position, targets
 
     def _observed(
-        self, inputs: dict[str, Tensor], keep: Tensor, position: Tensor, targets: Tensor | None, depths: Sequence[int]
+        self,
+        inputs: dict[str, Tensor],
+        keep: Tensor,
+        position: Tensor,
+        targets: Tensor | None,
+        depths: Sequence[int],
+        whole: bool,
     ) -> Observed:
         """Run the full model and return the tokens of `keep` [batch, token] as rows."""
-        with self._chain.capture([*depths, self.depth]) as states:
+        calls: list[Call] = []
+        with self._chain.capture([*depths, self.depth], calls) as states:
             self.model(**inputs, use_cache=False, **self._cheap_logits())
         sample = torch.arange(len(keep), device=keep.device)[:, None].expand_as(keep)
-        return Observed(
+        seen = Observed(
             [states[d][keep] for d in depths],
             states[self.depth][keep],
             None if targets is None else targets[keep],
             position[keep],
             sample[keep],
         )
+        if whole:
+            seen.whole, seen.keep = [states[d] for d in depths], keep
+            seen.around = Around(position, inputs.get(self.mask_name), None, calls[-1].through)
+        return seen
 
     def _cheap_logits(self) -> dict[str, Any]:
         keeps = getattr(self.model, "_supports_logits_to_keep", None)
@@ -284,7 +253,8 @@ class Decoder(Backbone):
 
     def runner(self, cache: Any, rows: int, padded: bool, inputs: dict[str, Any]) -> Any:
         """Return the fastest way to run windows that a probe has shown to be exact for this model."""
-        from offramp_hf.decode.runner import Direct, Through
+        from offramp_hf.decode.direct import Direct
+        from offramp_hf.decode.runner import Through
 
         if rows == 1 and not padded and not inputs and self.direct_fits:
             return Direct(self, cache)
@@ -295,3 +265,9 @@ class Decoder(Backbone):
         """Whether running the blocks directly gives the model's own logits; a probe decides, once."""
         with quiet(self.model):
             return direct_is_exact(self)
+
+    @cached_property
+    def trees(self) -> bool:
+        """Whether a tree of drafts can be verified in one call; a probe decides, once."""
+        with quiet(self.model):
+            return trees_are_exact(self)

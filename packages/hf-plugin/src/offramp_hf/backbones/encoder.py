@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from offramp.backbone import Backbone, Observed, Tap, Undo
 from offramp.blocks import Call, Chain, learn_spec
-from offramp.enable import Options, Run
+from offramp.enable import Run
 from offramp.engine import SinglePass
 from offramp.errors import BadArgument, UnsupportedModel
 from offramp.head import HeadContext
 from offramp.kernels.confidence import PREDICTION
+from offramp.options import Options
+from offramp_hf.backbones._blocks import quiet
 from offramp_hf.backbones._readout import find_blocks, find_readout
-from offramp_hf.backbones.decoder import quiet
 
 TOKENS = 6
 
@@ -152,7 +153,7 @@ class Encoder(Backbone):
         """Run the model's own forward."""
         return self.model(**self.inputs(batch))
 
-    def observe(self, batch: Any, depths: Sequence[int]) -> Observed:
+    def observe(self, batch: Any, depths: Sequence[int], whole: bool = False) -> Observed:
         """Return one row per input row; class labels [rows] become the targets, other labels are ignored."""
         inputs = self.inputs(batch)
         labels = inputs.pop("labels", None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from offramp.backbone import Observed
 from offramp.blocks import Call, Chain
 from offramp.errors import BadArgument, OfframpError, UnsupportedModel
+from offramp_hf.backbones._blocks import block_list, quiet
 from offramp_hf.backbones._windows import check_windows
-from offramp_hf.backbones.decoder import Decoder, block_list, quiet
+from offramp_hf.backbones.decoder import Decoder
 
 #: what the model's forward must take, so that a window can be run on new decoder tokens
 NEEDED = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "encoder_outputs")
@@ -112,6 +112,8 @@ class EncoderDecoder(Decoder):
 
     kind = "encoder-decoder"
     mask_name = "decoder_attention_mask"
+    #: relative positions are counted from the cache, so nodes of a tree cannot be placed
+    trees = False
     position_name = None  # its decoder counts positions from the cache, and so by slot
     ragged = False
 
@@ -186,7 +188,8 @@ class EncoderDecoder(Decoder):
         one.
         """
         from offramp_hf.cache import GrowingLayer, WindowCache
-        from offramp_hf.decode.runner import Place, Through
+        from offramp_hf.decode.place import Place
+        from offramp_hf.decode.runner import Through
 
         read, ids, place = self._ids(2, 7), self._ids(2, 6), Place(None)
         seen = torch.ones_like(read)
@@ -223,7 +226,7 @@ class EncoderDecoder(Decoder):
             )
         return super().batch(batch)
 
-    def observe(self, batch: Any, depths: Sequence[int]) -> Observed:
+    def _rows(self, batch: Any) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor | None]:
         """Return one row per decoder token that is not padding; with `labels`, the targets are the labels."""
         inputs = self.batch(batch)
         labels = inputs.pop("labels", None)
@@ -235,7 +238,7 @@ class EncoderDecoder(Decoder):
             keep = keep & (labels != -100)
             if pad is not None and pad != getattr(self.model.config, "eos_token_id", None):
                 keep = keep & (labels != pad)
-        return self._observed(inputs, keep, position, labels, depths)
+        return inputs, keep, position, labels
 
     def _real(self, inputs: dict[str, Tensor]) -> Tensor:
         """Return which decoder tokens [batch, token] are no padding: by their mask, else by the pads that end a row."""

@@ -4,6 +4,7 @@ once.
 
 from __future__ import annotations
 
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from offramp.head import ExitHead
 from offramp.policy import Evidence
 from offramp_hf.cache import WindowCache
 from offramp_hf.decode.choose import Chooser
+from offramp_hf.decode.clock import Clock
+from offramp_hf.decode.mixing import Memory
+from offramp_hf.decode.place import Place
 from offramp_hf.decode.rows import Rows
-from offramp_hf.decode.runner import Place
 
 
 class Driver:
@@ -43,6 +46,19 @@ class Driver:
         #: how far right the slots of each row were moved
         self.shift = [0] * rows.batch
         self.waiting: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.depths]
+        #: what heads that read earlier states remember, by level
+        self.memories: dict[int, Memory] = {}
+        self.clock: Clock | None = None
+        #: states that reached a level in this round, by level, when someone asks for them afterwards
+        self.passed: dict[int, list[Tensor]] = {}
+
+    def read_prompt(self, states: dict[int, Tensor]) -> None:
+        """Take in the states of the prompt by depth: what heads that read earlier states have to have seen."""
+        for level, head in enumerate(self.heads):
+            if type(head).mixes:
+                state = states[self.depths[level]]
+                self.memories[level] = Memory(head, self.runner, self.slots - state.shape[1])
+                self.memories[level].pending.append(state)
 
     def newest(self) -> Tensor:
         """Return the newest token of every row, [batch, 1]: the only one that no block has seen."""
@@ -56,25 +72,41 @@ class Driver:
         """Run the blocks between two levels (low -1: from the embeddings) and count them."""
         start = 0 if low < 0 else self.depths[low]
         stop = self.depths[high]
+        began = perf_counter()
         state: Tensor = self.runner.window(tokens, start, stop, hidden, self.place, frozen)
+        if self.clock is not None:
+            self.clock.window(perf_counter() - began, stop - start, tokens.shape[1])
         self.run.stats.blocks_run += (stop - start) * self.rows.batch
         if high == self.last:
             self.run.stats.rounds += 1
+        if high in self.memories:
+            self.memories[high].pending.append(state)
+        if high in self.passed:
+            self.passed[high].append(state)
         return state
 
+    def legs(self, low: int, high: int) -> list[int]:
+        """Return the levels to stop at on the way from `low` to `high`: those where someone wants every state."""
+        return [i for i in range(low + 1, high) if i in self.memories or i in self.passed] + [high]
+
     def enter(self, tokens: Tensor, level: int) -> Tensor:
-        """Bring new tokens [batch, 1] to `level`, where they wait; returns their state [batch, 1, width]."""
-        state = self.window(tokens, -1, level, None)
-        self.waiting[level].append((tokens, state))
-        return state
+        """Bring new tokens [batch, new] to `level`, where they wait; returns their states [batch, new, width]."""
+        low, state = -1, None
+        for stop in self.legs(-1, level):
+            state = self.window(tokens, low, stop, state)
+            low = stop
+        self.waiting[level].append((tokens, state))  # type: ignore[arg-type]
+        return state  # type: ignore[return-value]
 
     def climb(self, low: int, high: int, frozen: Any = None) -> Tensor:
         """Bring everything that waits at level `low` to level `high`; returns the newest state [batch, 1, width]."""
         tokens, states = _join(self.waiting[low])
         self.waiting[low] = []
-        state = self.window(tokens, low, high, states, frozen)
-        self.waiting[high].append((tokens, state))
-        return state[:, -1:]
+        for stop in self.legs(low, high):
+            states = self.window(tokens, low, stop, states, frozen)
+            low = stop
+        self.waiting[high].append((tokens, states))
+        return states[:, -1:]
 
     def finish(self) -> Tensor:
         """Bring everything that waits through the full model; returns the last states [batch, n, width] in order."""
@@ -88,9 +120,15 @@ class Driver:
 
     def look(self, index: int, state: Tensor, previous: Tensor | None, position: Tensor) -> Evidence:
         """Return the evidence of exit `index` for the newest tokens. state: [batch, 1, width]."""
-        hidden = state[:, -1]
-        prediction = self.heads[index](hidden) if self.needs & LOGITS else None
-        return look(self.run, index, hidden, previous, position, prediction)
+        prediction = self.predict(index, state) if self.needs & LOGITS else None
+        return look(self.run, index, state[:, -1], previous, position, prediction, self.needs, self.rows.depths)
+
+    def predict(self, index: int, state: Tensor) -> Tensor:
+        """Return the logits [batch, classes] of exit `index` for the newest tokens. state: [batch, new, width]."""
+        if index in self.memories:
+            state = self.memories[index].read(self.place)
+        out: Tensor = self.heads[index](state[:, -1])
+        return out
 
     def positions(self) -> Tensor:
         """Return how many tokens each row has generated, int64 [batch]."""
@@ -105,6 +143,8 @@ class Driver:
         most = max(kept)
         total = self.slots + most
         self.cache.crop_to(total)
+        for memory in self.memories.values():
+            memory.crop(total)
         place = self.place
         if min(kept) != most or place.mask is not None:
             device = self.rows.ids.device
@@ -119,6 +159,8 @@ class Driver:
                 mask = mask.gather(1, index.clamp(min=0)) * (index >= 0)
                 for layer in self.cache.layers:
                     layer.gather(index.clamp(min=0))
+                for memory in self.memories.values():
+                    memory.gather(index.clamp(min=0), place)
             self.shift = [s + most - k for s, k in zip(self.shift, kept, strict=True)]
             place.mask = mask
         self.slots = total

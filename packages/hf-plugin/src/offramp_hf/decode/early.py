@@ -17,12 +17,16 @@ from offramp_hf.decode.learning import Learning, Left
 
 class Early(Driver):
     """One token per row and step. kv="catch_up": deep blocks run on all waiting tokens when some row needs them
-    (FREE, arXiv 2310.05424; EE-LLM); kv="propagate": the exit state goes through each deeper block's own key and
-    value projections (CALM, arXiv 2207.07061).
+    (FREE, arXiv 2310.05424); kv="recompute": waiting tokens run again from the first block together with each new one
+    (EE-LLM, arXiv 2312.04916), the same text as catch_up at more work; kv="propagate": the exit state goes through
+    each deeper block's own key and value projections (CALM, arXiv 2207.07061). When as many tokens wait as the window
+    holds, the next one runs the full model whatever its exits would say.
     """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        #: how deep each token has been that waits to run again
+        self.reached: list[int] = []
         policy, later = self.run.policy, self.run.options.kv != "propagate"
         self.learning = Learning(policy, self.run.memory) if policy.learns() and later else None
         if self.run.options.rollback is not None:
@@ -45,6 +49,8 @@ class Early(Driver):
     def leave(self) -> None:
         """Run what waits, so that every layer holds every token."""
         if any(self.waiting):
+            depth = next(d for d, waits in zip(self.depths, self.waiting, strict=True) if waits)
+            self.run.stats.blocks_run += sum(before - depth for before in self.reached) * self.rows.batch
             self.finish()
         super().leave()
 
@@ -53,8 +59,17 @@ class Early(Driver):
         self.widen(1)
         tokens = self.newest()
         dead = torch.tensor([not self.rows.live(r) for r in range(self.rows.batch)], device=tokens.device)
+        window, waits = self.run.options.window, sum(t.shape[1] for level in self.waiting for t, _ in level)
+        if self.run.options.kv == "recompute":
+            tokens = self.again(tokens, waits)
         state = self.enter(tokens, 0)
-        stopped, answer, depths, level = self.exits(state, dead)
+        if window is not None and waits >= window:
+            full = torch.full((self.rows.batch,), self.depths[-1], device=tokens.device)
+            stopped, answer, depths, level = dead, None, full, None
+        else:
+            stopped, answer, depths, level = self.exits(state, dead)
+        if self.run.options.kv == "recompute":
+            self.count_again(self.depths[-1 if level is None else level], level is None)
         if level is None:
             full = self.judge(self.finish())
             answer = full if answer is None else torch.where(stopped[:, None], answer, full)
@@ -66,6 +81,22 @@ class Early(Driver):
         prefix = self.rows.ids[:, : self.rows.length[0]]
         scores = self.chooser.scores(prefix, answer)
         self.rows.commit_all(self.chooser.pick(scores), depths.tolist(), scores, answer.float())
+
+    def again(self, tokens: Tensor, waits: int) -> Tensor:
+        """Return everything that waits and then `tokens`, [batch, waits + 1]; the slots of what waits are free again.
+        """
+        older = [t for level in self.waiting for t, _ in level]
+        for level in self.waiting:
+            level.clear()
+        self.cache.crop_to(self.slots - waits)
+        for memory in self.memories.values():
+            memory.crop(self.slots - waits)
+        return torch.cat([*older, tokens], 1)
+
+    def count_again(self, depth: int, complete: bool) -> None:
+        """Count the blocks that waiting tokens ran another time, up to `depth`; complete: none waits any more."""
+        self.run.stats.blocks_run += sum(min(depth, before) for before in self.reached) * self.rows.batch
+        self.reached = [] if complete else [max(depth, before) for before in [*self.reached, depth]]
 
     def exits(self, state: Tensor, dead: Tensor) -> tuple[Tensor, Tensor | None, Tensor, int | None]:
         """Ask the exits in turn. Returns (rows that stopped, their logits, depth per row, level reached or None for
@@ -85,9 +116,10 @@ class Early(Driver):
             previous = seen.hidden
             made = seen.prediction
             if made is None and bool(stop.any()):  # nobody has looked at these logits yet
-                made = self.heads[level](state[:, -1])
+                made = self.predict(level, state)
                 finite = finite & made.amax(-1).isfinite()
-                stop = stop & finite
+                confirmed = policy.confirm(memory, made)
+                stop = stop & finite if confirmed is None else stop & finite & confirmed
             new = stop & ~stopped
             stopped = stopped | new
             some, every, bad = _facts(new, stopped, finite)
@@ -130,6 +162,8 @@ class Early(Driver):
         self.rows.take_back(count)
         self.slots -= count
         self.cache.crop_to(self.slots + 1)
+        for memory in self.memories.values():
+            memory.crop(self.slots + 1)
         if self.place.mask is not None:
             self.place.mask = self.place.mask[:, : self.slots + 1]
 

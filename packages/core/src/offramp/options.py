@@ -1,0 +1,63 @@
+"""How a policy is run: the options of `offramp.enable` that are not the policy's own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from offramp._registry import draft_from
+from offramp.errors import BadArgument
+
+KV = ("catch_up", "propagate", "recompute", "schedule")
+#: most tokens that wait to be recomputed: the bound in EE-LLM's code, where its check is commented out
+WINDOW = 100
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a policy is run. verify: draft and check (lossless); draft: the draft rule, as its name, a dict {"rule":
+    name, option: value}, a number of tokens, or None to let it adapt; kv: what supplies deeper keys and values when
+    not verifying; window: most tokens that wait for them (None: 100 with kv="recompute", any number with "catch_up");
+    strict: raise instead of falling back to the full model; rollback: surprise in nats above which an early token is
+    taken back once the deep blocks have seen it (kv="catch_up", one row; arXiv 2310.05424)."""
+
+    verify: bool = False
+    draft: Any = None
+    kv: str = "catch_up"
+    window: int | None = None
+    strict: bool = False
+    rollback: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rollback is not None:
+            self._check_rollback(self.rollback)
+        for name in ("verify", "strict"):
+            if not isinstance(getattr(self, name), bool):
+                raise BadArgument(f"{name}={getattr(self, name)!r} must be True or False")
+        if self.kv not in KV:
+            raise BadArgument(f"kv={self.kv!r} is not known; choose one of {', '.join(KV)}")
+        if self.window is not None:
+            if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
+                raise BadArgument(f"window={self.window!r} must be a positive number of tokens, or None")
+            if self.verify or self.kv not in ("catch_up", "recompute"):
+                raise BadArgument(
+                    f'window={self.window} bounds what waits with kv="catch_up" or kv="recompute", without verify; '
+                    f"with kv={self.kv!r}, verify={self.verify} no token waits: leave window out"
+                )
+        elif self.kv == "recompute":
+            object.__setattr__(self, "window", WINDOW)
+        if self.draft is not None:
+            draft_from(self.draft)  # an unknown rule or option is refused here
+
+    def _check_rollback(self, nats: Any) -> None:
+        if isinstance(nats, bool) or not isinstance(nats, (int, float)) or not 0 < nats < math.inf:
+            raise BadArgument(f"rollback={nats!r} must be a number of nats above 0, or None to keep every token")
+        if self.verify or self.kv != "catch_up":
+            raise BadArgument(
+                f'rollback={nats} takes back what the deep blocks see later, which is kv="catch_up" without verify; '
+                f"this is kv={self.kv!r}, verify={self.verify}"
+            )
+
+
+OPTIONS = tuple(f.name for f in fields(Options))

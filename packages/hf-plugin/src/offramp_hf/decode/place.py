@@ -1,0 +1,90 @@
+"""Where new tokens go: their positions, what they see, and trees of drafts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Tree:
+    """Drafts as a tree in the slots from `base` on: node 0 is the newest token, every other node has an earlier parent.
+
+    depths: of each node below node 0; seen: bool [batch, nodes, nodes], a node's ancestors and itself; tokens, parents:
+    int64 [batch, nodes]. Rows have trees of the same shape, but parents of their own.
+    """
+
+    def __init__(self, base: int, tokens: Tensor) -> None:
+        self.base, self.tokens = base, tokens
+        self.depths = [0]
+        self.parents = torch.zeros_like(tokens)
+        self.seen = torch.ones((len(tokens), 1, 1), dtype=torch.bool, device=tokens.device)
+
+    def shifted(self, base: int) -> Tree:
+        """Return the same tree in a cache that lacks the first `base` slots."""
+        other = Tree(self.base - base, self.tokens)
+        other.depths, other.parents, other.seen = self.depths, self.parents, self.seen
+        return other
+
+    def place(self, slot: int) -> int:
+        """Return how many tokens of its text stand before the one in `slot`, counted in slots."""
+        return slot if slot < self.base else self.base + self.depths[slot - self.base]
+
+    def grow(self, parents: Tensor, tokens: Tensor) -> None:
+        """Add nodes one level deeper than the deepest. parents, tokens: int64 [batch, new]."""
+        batch, old, new = len(tokens), self.seen.shape[1], tokens.shape[1]
+        rows = self.seen.gather(1, parents[:, :, None].expand(batch, new, old))
+        itself = torch.eye(new, dtype=torch.bool, device=tokens.device).expand(batch, new, new)
+        wider = torch.nn.functional.pad(self.seen, (0, new))
+        self.seen = torch.cat([wider, torch.cat([rows, itself], 2)], 1)
+        self.depths += [self.depths[-1] + 1] * new
+        self.parents = torch.cat([self.parents, parents], 1)
+        self.tokens = torch.cat([self.tokens, tokens], 1)
+
+
+class Place:
+    """Where new tokens go. mask: [batch, slots] of 0/1 over all slots so far, or None without padding; longest: most
+    tokens a row may come to hold (0: unknown); before: tokens of each row that stand in no slot; tree: set while the
+    newest slots hold a tree of drafts.
+    """
+
+    def __init__(
+        self, mask: Tensor | None, longest: int = 0, before: int | Tensor = 0, tree: Tree | None = None
+    ) -> None:
+        self.mask, self.longest, self.before, self.tree = mask, longest, before, tree
+
+    def shifted(self, mask: Tensor | None, base: int) -> Place:
+        """Return the same place for a cache that lacks the first `base` slots. mask: without them."""
+        before = base if self.mask is None else self.mask[:, :base].sum(-1, keepdim=True)
+        tree = None if self.tree is None else self.tree.shifted(base)
+        return Place(mask, self.longest, before, tree)
+
+    def positions(self, slots: int, new: int, device: torch.device) -> Tensor:
+        """Return the positions [batch or 1, new] of `new` tokens behind `slots` stored ones: how many of the row's own
+        tokens come before."""
+        stem = slots
+        if self.tree is None:
+            offset = torch.arange(new, device=device)[None]
+        else:  # a node stands as far behind the stem as it has ancestors
+            stem = min(slots, self.tree.base)
+            offset = torch.tensor([[self.tree.place(s) - stem for s in range(slots, slots + new)]], device=device)
+        if self.mask is None:
+            return offset + stem + self.before
+        # drafts of a row that is nearly full, and rows that ended, would run past a learned position table; nobody
+        # reads them
+        return (self.mask[:, :stem].sum(-1, keepdim=True) + self.before + offset).clamp(max=max(self.longest, 1) - 1)
+
+    def seen(self, slots: int, new: int, device: torch.device) -> Tensor | None:
+        """Return which slots the `new` tokens behind `slots` stored ones see, bool [batch or 1, new, slots + new], when
+        that is no plain matter of order and padding; else None."""
+        if self.tree is None:
+            return None
+        total, stem = slots + new, self.tree.base
+        order = torch.ones(new, total, dtype=torch.bool, device=device).tril(slots)[None]
+        first = max(0, stem - slots)  # the first new token that is a node of the tree
+        if self.mask is not None:
+            order = order & self.mask[:, None, :total].bool()
+        if first < new:
+            order = order.expand(len(self.tree.seen), -1, -1).clone()
+            start = slots + first - stem
+            order[:, first:, stem:] = self.tree.seen[:, start : start + new - first, : total - stem]
+        return order

@@ -1,0 +1,107 @@
+"""Draft what followed the same words earlier in the text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from offramp._registry import register
+from offramp.draft import Drafter, DraftRule, Outcome, Plan, Setup, whole
+from offramp.errors import BadArgument
+
+#: weight of the prior of an order's acceptance rate, and how much each verification leaves of what was learned
+PRIOR, KEPT = 2.0, 0.95
+
+
+@register("lookup")
+@dataclass(frozen=True)
+class Lookup(DraftRule):
+    """Find the latest earlier place where the last `ngram` tokens (or fewer, down to `least`) stand, and draft on.
+
+    length: most drafts; how many are made follows from how often a match of this length was right. A draft that
+    reaches the end of the text goes on from its own beginning, as repeating text does. No exit is asked. Paper: prompt
+    lookup (Saxena, 2023).
+    """
+
+    ngram: int = 3
+    least: int = 1
+    length: int = 12
+
+    reads = True
+    needs = frozenset()
+
+    def __post_init__(self) -> None:
+        for name in ("ngram", "least", "length"):
+            whole(name, getattr(self, name), 1, "lookup")
+        if self.least > self.ngram:
+            raise BadArgument(f"lookup: least={self.least} is more than ngram={self.ngram}")
+
+    def start(self, setup: Setup) -> Finder:
+        """Return a drafter without a text."""
+        return Finder(setup, self)
+
+
+class Finder(Drafter):
+    """Where each n-gram of each row stood last, and how often drafts after a match of n tokens were right."""
+
+    def __init__(self, setup: Setup, rule: Lookup) -> None:
+        self.rule, self.wider = rule, setup.wider
+        self.hits = {n: PRIOR * 0.5 for n in range(rule.least, rule.ngram + 1)}
+        self.tries = dict.fromkeys(self.hits, PRIOR)
+        self.begin(0)
+
+    def begin(self, rows: int) -> None:
+        """Forget the texts; what was learned about matches stays."""
+        self.places: list[dict[tuple[int, ...], int]] = [{} for _ in range(rows)]
+        self.read = [0] * rows
+        #: order of the match behind the drafts of each row
+        self.order: dict[int, int] = {}
+
+    def plan(self, room: int) -> Plan:
+        """Ask no exit."""
+        return Plan((), 0)
+
+    def propose(self, texts: Sequence[Sequence[int]], room: int) -> list[list[int]]:
+        """Return the drafts of every row."""
+        self.order = {}
+        return [self.find(row, text, room)[0] if text else [] for row, text in enumerate(texts)]
+
+    def find(self, row: int, text: Sequence[int], room: int) -> tuple[list[int], float]:
+        """Return (drafts, expected tokens per call of the model) of one row."""
+        places, rule = self.places[row], self.rule
+        for end in range(max(1, self.read[row]), len(text)):
+            for n in self.hits:
+                if n <= end:
+                    places[tuple(text[end - n : end])] = end
+        self.read[row] = len(text)
+        for n in range(min(rule.ngram, len(text)), rule.least - 1, -1):
+            start = places.get(tuple(text[len(text) - n :]))
+            if start is None:
+                continue
+            length, gain = self.best(n, min(room, rule.length))
+            self.order[row] = n
+            drafts: list[int] = []
+            for i in range(start, start + length):
+                drafts.append(text[i] if i < len(text) else drafts[i - len(text)])
+            return drafts, gain
+        return [], 1.0
+
+    def best(self, n: int, most: int) -> tuple[int, float]:
+        """Return (number of drafts, expected tokens per call) with the best gain after a match of `n` tokens."""
+        rate, tokens, power, found = self.hits[n] / self.tries[n], 1.0, 1.0, (0, 1.0)
+        for length in range(1, most + 1):
+            power *= rate
+            tokens += power
+            gain = tokens / (1 + self.wider * length)
+            if gain > found[1]:
+                found = length, gain
+        return found
+
+    def learn(self, outcome: Outcome) -> None:
+        """Count how many drafts after this kind of match were right."""
+        n = self.order.get(outcome.row)
+        if n is None or not outcome.given:
+            return
+        tried = min(outcome.accepted + 1, outcome.drafted)
+        self.hits[n] = KEPT * self.hits[n] + (1 - KEPT) * PRIOR * 0.5 + outcome.accepted
+        self.tries[n] = KEPT * self.tries[n] + (1 - KEPT) * PRIOR + tried
