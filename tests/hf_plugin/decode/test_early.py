@@ -169,6 +169,24 @@ def test_recompute_is_catch_up_token_for_token(model, request, rows, threshold, 
 
 
 @pytest.mark.parametrize("rows", ["one", "three"])
+@pytest.mark.parametrize(("policy", "options"), [("confidence", {"threshold": 0.06}), ("fixed", {"depth": 4})])
+def test_heads_that_read_earlier_states_read_each_once(model, request, rows, policy, options):
+    """Tokens that are computed again must not be in a head's memory twice; nor may a policy that asks for no logits
+    get those of an unmixed state."""
+    batch, found = request.getfixturevalue(rows), []
+    exits = offramp.attach(model, at=[2, 4], head="layer")
+    for kv in ("catch_up", "recompute"):
+        with offramp.enable(model, policy, kv=kv, window=5, **options) as run:
+            found.append((greedy(model, batch).tolist(), run.stats.last_depths.tolist()))
+    assert found[0] == found[1] and min(found[0][1]) < 6
+    if rows == "one" and policy == "fixed":
+        ids = torch.tensor(found[0][0])
+        said = exits[4](exits.inputs(exits.observe({"input_ids": ids}))[1]).argmax(-1)
+        for i, depth in enumerate(found[0][1]):
+            assert depth == 6 or said[8 + i] == ids[0, 9 + i]
+
+
+@pytest.mark.parametrize("rows", ["one", "three"])
 def test_recompute_counts_what_it_runs_again(model, request, rows):
     """A call of a block is one unit per row, and each token in it that ran this block before is one more."""
     batch, spent, widths = request.getfixturevalue(rows), {}, []

@@ -54,6 +54,19 @@ def test_what_the_deep_blocks_have_seen_is_below_the_limit(model, request, rows,
             assert not torch.equal(plain, ids)
 
 
+@torch.no_grad()
+def test_heads_that_read_earlier_states_forget_those_taken_back(model, one):
+    exits = offramp.attach(model, at=[2], head="layer")
+    with offramp.enable(model, "confidence", threshold=0.06) as run:
+        plain = greedy(model, one)
+    with offramp.enable(model, "confidence", threshold=0.06, rollback=1.5) as run:
+        ids, depths = greedy(model, one), run.stats.last_depths.tolist()
+    assert not torch.equal(plain, ids) and depths.count(2) > 5
+    said = exits[2](exits.inputs(exits.observe({"input_ids": ids}))[0]).argmax(-1)
+    for i, depth in enumerate(depths):
+        assert depth == 6 or said[8 + i] == ids[0, 9 + i], i
+
+
 @pytest.mark.parametrize("rows", ["one", "padded"])
 def test_with_no_surprise_allowed_it_is_the_full_model_up_to_what_still_waits(model, request, rows):
     batch = request.getfixturevalue(rows)
