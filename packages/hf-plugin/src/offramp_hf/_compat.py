@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 # ---- generate -------------------------------------------------------------------------------------------------------
@@ -218,66 +216,3 @@ def output(model: Any, rows: Any, config: Any, inputs: dict[str, Any], cache: An
     if not model.config.is_encoder_decoder:
         return GenerateDecoderOnlyOutput(sequences=ids, scores=scores, logits=logits, past_key_values=cache)
     return GenerateEncoderDecoderOutput(sequences=ids, scores=scores, logits=logits, past_key_values=cache)
-
-
-# ---- attention ------------------------------------------------------------------------------------------------------
-
-#: the name of `grouped_attention` among the framework's attention functions
-GROUPED = "offramp_grouped"
-
-
-def grouped_attention(
-    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, dropout: float = 0.0, **more: Any
-) -> tuple[Any, None]:
-    """Attend as the framework's "sdpa" does, with the query heads of one key head as rows of one product.
-
-    The framework copies keys and values once per query head as soon as several tokens come with a mask; on a
-    5 M-parameter model that is 10 % of a call of 2 to 6 tokens. attention_mask: additive [1 or batch, 1, new, slots],
-    or repeated per query head of a group already.
-    """
-    from torch.nn.functional import scaled_dot_product_attention
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    batch, heads, new, width = query.shape
-    kv = key.shape[1]
-    if kv == heads or heads % kv or dropout or attention_mask is None or attention_mask.shape[1] != 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, **more)  # type: ignore[no-any-return]
-    if more.get("position_bias") is not None or more.get("cache") is not None or more.get("softcap") is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, **more)  # type: ignore[no-any-return]
-    rows = heads // kv * new
-    if attention_mask.shape[-2] != rows:
-        attention_mask = attention_mask.repeat(1, 1, heads // kv, 1)
-    packed = query.reshape(batch, kv, rows, width)
-    out = scaled_dot_product_attention(packed, key, value, attention_mask, scale=more.get("scaling"))
-    return out.view(batch, heads, new, value.shape[-1]).transpose(1, 2).contiguous(), None
-
-
-def head_groups(model: Any, blocks: Any) -> int:
-    """Return how many query heads share a key head where `grouped_attention` can be used on this model, else 1."""
-    if getattr(text_config(model), "_attn_implementation", None) != "sdpa":
-        return 1
-    groups = {int(g) for block in blocks for m in block.modules() if (g := getattr(m, "num_key_value_groups", None))}
-    return groups.pop() if len(groups) == 1 else 1
-
-
-def text_config(model: Any) -> Any:
-    """Return the config of the model's decoder."""
-    config = model.config
-    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-
-
-@contextmanager
-def grouped(model: Any) -> Iterator[None]:
-    """Let the model attend with `grouped_attention` inside the context."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(GROUPED, grouped_attention)
-    AttentionMaskInterface.register(GROUPED, sdpa_mask)
-    config = text_config(model)
-    before = config._attn_implementation_internal
-    config._attn_implementation_internal = GROUPED
-    try:
-        yield
-    finally:
-        config._attn_implementation_internal = before

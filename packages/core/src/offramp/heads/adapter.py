@@ -12,6 +12,9 @@ from offramp.backbone import Tap
 from offramp.errors import BadArgument
 from offramp.head import Around, ExitHead, HeadContext
 
+#: positions whose rotation is kept: 32k of them take 8 MB at a head size of 64
+TABLE = 32768
+
 
 @register("adapter")
 class Adapter(ExitHead):
@@ -36,6 +39,8 @@ class Adapter(ExitHead):
                 f"adapter: heads={heads!r} does not cut a width of {width} into equal, even parts; leave heads out"
             )
         self.theta = float(theta)
+        #: cosines and sines [2, TABLE, size / 2], made when first needed; no buffer, so that no file holds it
+        self.table = torch.empty(0)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         nn.init.zeros_(self.out.weight)  # the residual starts empty: untrained, this is the logit lens
@@ -50,9 +55,8 @@ class Adapter(ExitHead):
         batch, new, width = hidden.shape
         size = width // self.heads
         parts = self.qkv(self.mix_norm(hidden)).view(batch, new, 3, self.heads, size).permute(2, 0, 3, 1, 4)
-        query, key, value = parts[0], parts[1], parts[2]
-        cos, sin = self.rotation(around.positions, size, hidden)
-        query, key = _turn(query, cos, sin), _turn(key, cos, sin)
+        turned, value = self.turn(parts[:2], around.positions), parts[2]
+        query, key = turned[0], turned[1]
         if around.past is not None:
             key, value = around.past.update(key, value)
         mask = _mask(new, key.shape[-2], around.mask, hidden)
@@ -60,11 +64,17 @@ class Adapter(ExitHead):
         out: Tensor = hidden + self.out(seen.transpose(1, 2).reshape(batch, new, width))
         return out
 
-    def rotation(self, positions: Tensor, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines [batch or 1, 1, new, size / 2]."""
-        steps = torch.arange(0, size, 2, device=like.device, dtype=torch.float32)
-        angles = positions[:, None, :, None].float() * self.theta ** (-steps / size)
-        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+    def turn(self, states: Tensor, positions: Tensor) -> Tensor:
+        """Rotate [2, batch, heads, new, size] by positions [batch or 1, new]; the halves of `size` are the pairs."""
+        size = states.shape[-1]
+        if self.table.numel() == 0 or self.table.device != states.device or self.table.dtype != states.dtype:
+            steps = torch.arange(0, size, 2, device=states.device, dtype=torch.float32)
+            angles = torch.arange(TABLE, device=states.device)[:, None] * self.theta ** (-steps / size)
+            self.table = torch.stack([angles.cos(), angles.sin()]).to(states.dtype)
+        # positions past the table share its last row: drafts there are worse, and still checked
+        cos, sin = self.table[:, positions.clamp(max=TABLE - 1)].unsqueeze(2)
+        low, high = states.chunk(2, -1)
+        return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)
 
     def features(self, hidden: Tensor) -> Tensor:
         """Return the normed state."""
@@ -74,12 +84,6 @@ class Adapter(ExitHead):
     def forward(self, hidden: Tensor) -> Tensor:
         """Map mixed states [..., width] to logits [..., classes]."""
         return self.unembed(self.features(hidden))
-
-
-def _turn(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate [batch, heads, new, size] by its positions; the two halves of `size` are the pairs."""
-    low, high = states.chunk(2, -1)
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)
 
 
 def _mask(new: int, slots: int, padding: Tensor | None, like: Tensor) -> Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from offramp.draft import Setup
 
 #: weight of a new measurement in the running means
@@ -19,25 +21,36 @@ class Clock:
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
-        self.block: dict[int, float] = {}
-        self.seconds = 0.0
-        self.looks = 0
+        self.blocks: dict[int, Mean] = {}
+        self.looks = Mean()
 
     def window(self, seconds: float, blocks: int, tokens: int) -> None:
         """Take in the time of a window."""
-        each = seconds / blocks
-        mean = self.block.get(tokens)
-        self.block[tokens] = each if mean is None else mean + NEW * (min(each, 2 * mean) - mean)
-        one = self.block.get(1)
-        if one is not None and 1 < tokens and mean is not None:
-            slope = max(0.0, (self.block[tokens] / one - 1) / (tokens - 1))
+        mean = self.blocks.setdefault(tokens, Mean())
+        mean.add(seconds / blocks)
+        one = self.blocks.get(1)
+        if one is not None and tokens > 1 and one.count >= ENOUGH <= mean.count:
+            slope = max(0.0, (mean.value / one.value - 1) / (tokens - 1))
             self.setup.wider += NEW * (slope - self.setup.wider)
 
     def look(self, seconds: float) -> None:
         """Take in the time of a look."""
-        self.looks += 1
-        if not self.seconds:
-            self.seconds = seconds
-        self.seconds += NEW * (min(seconds, 2 * self.seconds) - self.seconds)
-        if self.looks >= ENOUGH and 1 in self.block:
-            self.setup.head = self.seconds / self.block[1]
+        self.looks.add(seconds)
+        one = self.blocks.get(1)
+        if self.looks.count >= ENOUGH and one is not None and one.count >= ENOUGH:
+            self.setup.head = self.looks.value / one.value
+
+
+class Mean:
+    """The least of the first measurements, which are slow for other reasons, then a running mean."""
+
+    def __init__(self) -> None:
+        self.value, self.count = math.inf, 0
+
+    def add(self, seconds: float) -> None:
+        """Take in one measurement."""
+        self.count += 1
+        if self.count <= ENOUGH:
+            self.value = min(self.value, seconds)
+        else:
+            self.value += NEW * (min(seconds, 2 * self.value) - self.value)

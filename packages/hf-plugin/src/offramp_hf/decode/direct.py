@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from offramp.blocks import state_of
-from offramp_hf import _compat
+from offramp_hf.backbones import _quick
 from offramp_hf.backbones.decoder import Decoder
 from offramp_hf.cache import GrowingLayer, Stored, WindowCache, additive, causal
 from offramp_hf.decode.place import Place
@@ -47,8 +47,13 @@ class Direct:
     def running(self) -> Iterator[None]:
         """Everything happens inside this context: blocks make no lasting tensors, and without view tracking and
         version counters a token is about 10 % faster."""
-        groups = _compat.head_groups(self.decoder.model, self.decoder.blocks)
-        with torch.inference_mode(), _compat.grouped(self.decoder.model) if groups > 1 else nullcontext():
+        model = self.decoder.model
+        groups = _quick.head_groups(model, self.decoder.blocks)
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            stack.enter_context(_quick.quick_norms(model.modules()))
+            if groups > 1:
+                stack.enter_context(_quick.grouped(model))
             self.groups, self.masks = groups, {}
             try:
                 yield
