@@ -14,9 +14,11 @@ BINS = 12
 #: weight of the optimistic prior, in observations
 PRIOR = 2.0
 #: rounds without looking at heads after a losing streak, doubled each time
-NAP, LONGEST_NAP = 16, 64
-#: what an exit that wakes may lose before it rests again, in blocks per look: about a dozen looks, 1 % of the time
-TRIAL = 0.1
+NAP, LONGEST_NAP = 32, 256
+#: what an exit that wakes may lose before it rests again, in blocks per look: about 20 looks, 1 % of the time
+TRIAL = 0.2
+#: weight of a new look in the mean of what looks earned: single looks earn -5 to +8 blocks, so fewer say little
+NEW = 0.01
 
 
 @register("adaptive")
@@ -113,7 +115,7 @@ class Pace(Drafter):
 
     def earned(self, index: int, blocks: float) -> None:
         """Take in what one look at exit `index` earned (negative: cost), and rest it when that is a loss on average."""
-        self.worth[index] += 0.03 * (blocks - self.worth[index])
+        self.worth[index] += NEW * (blocks - self.worth[index])
         if self.worth[index] < 0:
             self.nap[index], self.worth[index] = self.next_nap[index], TRIAL
             self.next_nap[index] = min(2 * self.next_nap[index], LONGEST_NAP)

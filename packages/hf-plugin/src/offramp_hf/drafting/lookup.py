@@ -79,6 +79,8 @@ class Finder(Drafter):
             if start is None:
                 continue
             length, gain = self.best(n, min(room, rule.length))
+            if not length:  # on the way back to the prior, so that it is tried again some day
+                self.count(n, 0, 0)
             self.order[row] = n
             drafts: list[int] = []
             for i in range(start, start + length):
@@ -102,6 +104,9 @@ class Finder(Drafter):
         n = self.order.get(outcome.row)
         if n is None or not outcome.given:
             return
-        tried = min(outcome.accepted + 1, outcome.drafted)
-        self.hits[n] = KEPT * self.hits[n] + (1 - KEPT) * PRIOR * 0.5 + outcome.accepted
+        self.count(n, outcome.accepted, min(outcome.accepted + 1, outcome.drafted))
+
+    def count(self, n: int, right: int, tried: int) -> None:
+        """Add to the counts of matches of `n` tokens; what was before fades to the prior."""
+        self.hits[n] = KEPT * self.hits[n] + (1 - KEPT) * PRIOR * 0.5 + right
         self.tries[n] = KEPT * self.tries[n] + (1 - KEPT) * PRIOR + tried
