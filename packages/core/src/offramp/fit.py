@@ -17,14 +17,11 @@ from offramp.backbone import Observed
 from offramp.enable import paused
 from offramp.errors import BadArgument
 from offramp.head import gated
-from offramp.live import Live
+from offramp.live import CACHE_BYTES, Live
 from offramp.loss import Loss, Moment, Schedule
 from offramp.policy import SchedulePolicy
 from offramp.record import batches, evaluating, track
 from offramp.schedule import check_training
-
-#: states of the data are kept in memory up to this many bytes; `fit` warns and leaves out the data beyond it
-CACHE_BYTES = 4 << 30
 
 
 @dataclass

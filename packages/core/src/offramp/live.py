@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,15 +18,20 @@ from offramp.policy import SchedulePolicy
 from offramp.record import batches, evaluating
 from offramp.schedule import runs
 
+#: states of frozen batches are kept in memory up to this many bytes
+CACHE_BYTES = 4 << 30
+
 
 class Live:
     """Observations batch by batch, endlessly; a tensor or mapping of tensors is shuffled anew each time round.
 
-    data: as for `fit`; the first batch, as it comes, is what `agreement` is measured on. layer_dropout: rate of the
+    data: as for `fit`; `agreement` is measured on its first batch, frozen on the last tenth of the rows of a tensor or
+    mapping, which is then held out. layer_dropout: rate of the
     last block; block l of L has rate * (2^(l / (L - 1)) - 1), drawn per sample (arXiv 2404.16710).
     schedule: at each place only the blocks that it gives to that generated token change the state (arXiv 2307.02628).
     Keys and values of places that skip a block stay in it, but only later places look at them, and those skip it too.
-    frozen: only the heads are trained, the model runs without gradients and in eval mode. taps: further depths whose
+    frozen: only the heads are trained; the model runs once per batch, in eval mode, and what fits into CACHE_BYTES is
+    kept. taps: further depths whose
     states are wanted, in `Observed.states` with those of all depths.
     """
 
@@ -47,29 +53,37 @@ class Live:
         self.generator = torch.Generator().manual_seed(seed)
         depth = exits.backbone.depth
         self.rates = [layer_dropout * (2 ** (i / max(1, depth - 1)) - 1) for i in range(depth)]
-        first = next(iter(batches(data, batch_size)), None)
-        if first is None:
+        rows = _rows(data)
+        if frozen and rows is not None and rows >= 10:
+            cut = rows - rows // 10
+            self.data = _pick(data, torch.arange(cut))
+            self.held = list(batches(_pick(data, torch.arange(cut, rows)), batch_size))
+        else:
+            self.held = list(islice(batches(data, batch_size), 1))
+        if not self.held:
             raise BadArgument("the data holds no rows; give at least one batch")
-        self.first = first
 
     def __iter__(self) -> Iterator[Observed]:
-        seen, before = 0, -1
+        kept: list[Observed] | None = [] if self.frozen else None
+        seen, before, size = 0, -1, 0
         while seen > before:  # an iterator that is used up yields nothing the second time
             before = seen
             for batch in batches(self._shuffled(), self.batch_size):
-                yield self.observe(batch)
+                one = self.observe(batch)
+                if kept is not None:
+                    kept.append(one)
+                    size += sum(h.numel() * h.element_size() for h in (*one.whole, *one.hidden, one.final))
+                    kept = kept if size <= CACHE_BYTES else None
+                yield one
                 seen += 1
+            while kept:
+                for i in torch.randperm(len(kept), generator=self.generator).tolist():
+                    yield kept[i]
         raise BadArgument(f"the data ended after {seen} batches; give an iterable that can be gone through again")
 
     def _shuffled(self) -> Any:
-        tensors = self.data.values() if isinstance(self.data, Mapping) else [self.data]
-        sizes = [len(t) for t in tensors if isinstance(t, Tensor)]
-        if not sizes:
-            return self.data
-        order = torch.randperm(sizes[0], generator=self.generator)
-        if isinstance(self.data, Tensor):
-            return self.data[order]
-        return {k: v[order] if isinstance(v, Tensor) else v for k, v in self.data.items()}
+        rows = _rows(self.data)
+        return self.data if rows is None else _pick(self.data, torch.randperm(rows, generator=self.generator))
 
     def observe(self, batch: Any) -> Observed:
         """Run the model on one batch; not frozen, in train mode, with layer dropout and schedule."""
@@ -101,10 +115,27 @@ class Live:
 
     @torch.no_grad()
     def agreement(self) -> dict[int, float]:
-        """Return on which share of the first batch's rows each exit says what the full model says."""
-        with evaluating(self.exits.model):
-            seen = self.exits.observe(self.first)
-            best = self.exits.backbone.context().readout(seen.final).argmax(-1)
-            inputs = self.exits.inputs(seen)
-            answers = {d: self.exits[d](h).argmax(-1) for d, h in zip(self.exits.at, inputs, strict=True)}
-        return {d: float((a == best).double().mean()) if len(best) else math.nan for d, a in answers.items()}
+        """Return on which share of the rows kept for it each exit says what the full model says."""
+        exits = self.exits
+        hits, rows = dict.fromkeys(exits.at, 0), 0
+        with evaluating(exits.model):
+            for batch in self.held:
+                seen = exits.observe(batch)
+                best = exits.backbone.context().readout(seen.final).argmax(-1)
+                rows += len(best)
+                for depth, hidden in zip(exits.at, exits.inputs(seen), strict=True):
+                    hits[depth] += int((exits[depth](hidden).argmax(-1) == best).sum())
+        return {d: n / rows if rows else math.nan for d, n in hits.items()}
+
+
+def _rows(data: Any) -> int | None:
+    """Return how many rows a tensor or a mapping of tensors has, None for anything else."""
+    tensors = data.values() if isinstance(data, Mapping) else [data]
+    return next((len(t) for t in tensors if isinstance(t, Tensor)), None)
+
+
+def _pick(data: Any, index: Tensor) -> Any:
+    """Return rows of a tensor or of every tensor of a mapping."""
+    if isinstance(data, Tensor):
+        return data[index]
+    return {k: v[index] if isinstance(v, Tensor) else v for k, v in data.items()}

@@ -12,7 +12,7 @@ from offramp.backbone import Tap
 from offramp.errors import BadArgument
 from offramp.head import Around, ExitHead, HeadContext
 
-#: positions whose rotation is kept: 32k of them take 8 MB at a head size of 64
+#: positions whose rotation is kept: 32k of them take 16 MB at a head size of 64
 TABLE = 32768
 
 
@@ -39,7 +39,7 @@ class Adapter(ExitHead):
                 f"adapter: heads={heads!r} does not cut a width of {width} into equal, even parts; leave heads out"
             )
         self.theta = float(theta)
-        #: cosines and sines [2, TABLE, size / 2], made when first needed; no buffer, so that no file holds it
+        #: cosines and signed sines [TABLE, 2 * size], made when first needed; no buffer, so that no file holds it
         self.table = torch.empty(0)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
@@ -70,11 +70,12 @@ class Adapter(ExitHead):
         if self.table.numel() == 0 or self.table.device != states.device or self.table.dtype != states.dtype:
             steps = torch.arange(0, size, 2, device=states.device, dtype=torch.float32)
             angles = torch.arange(TABLE, device=states.device)[:, None] * self.theta ** (-steps / size)
-            self.table = torch.stack([angles.cos(), angles.sin()]).to(states.dtype)
+            cos, sin = angles.cos(), angles.sin()
+            self.table = torch.cat([cos, cos, -sin, sin], 1).to(states.dtype)
         # positions past the table share its last row: drafts there are worse, and still checked
-        cos, sin = self.table[:, positions.clamp(max=TABLE - 1)].unsqueeze(2)
-        low, high = states.chunk(2, -1)
-        return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)
+        rows = self.table.index_select(0, positions.clamp(max=TABLE - 1).flatten())
+        cos, sin = rows.view(len(positions), 1, -1, 2 * size).chunk(2, -1)
+        return torch.addcmul(states * cos, states.roll(size // 2, -1), sin)
 
     def features(self, hidden: Tensor) -> Tensor:
         """Return the normed state."""
