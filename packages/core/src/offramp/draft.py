@@ -92,6 +92,9 @@ class Outcome:
 class Drafter(ABC):
     """A draft rule at work on one model: it remembers, as long as the policy is enabled, what was accepted."""
 
+    #: indices of the exits that `plan` may ever name
+    levels: tuple[int, ...] = ()
+
     def begin(self, rows: int) -> None:  # noqa: B027  (most rules have nothing to begin)
         """A generation of `rows` rows begins."""
 

@@ -41,9 +41,9 @@ from offramp_hf.prepare import (
 )
 
 #: exits of a model with 12 blocks; the head; the threshold of the verified row
-DEPTHS, HEAD, HEAD_CONFIG, THRESHOLD = (3, 6, 8), "adapter", (), 0.3
+DEPTHS, HEAD, HEAD_CONFIG, THRESHOLD = (3, 6, 8), "translator", (("rank", 256), ("act", "silu")), 0.4
 #: sized so that both models together fit in under a minute each on 2 cores
-OWN, OWN_TOKENS, STEPS, ROWS, LR = 192, 96, 150, 1024, 2e-3
+OWN, OWN_TOKENS, STEPS, ROWS, LR = 256, 96, 350, 1024, 2e-3
 #: calibration rows and their windows: what three quarters of a hundred thousand held-out tokens allow
 WINDOWS, WINDOW = 1056, 48
 #: prompts of the story, of the second model (all of them in `offramp bench lm`), of the layer sweep; texts shown

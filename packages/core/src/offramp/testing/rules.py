@@ -45,6 +45,7 @@ def _round(
     plan = Plan((), 0) if any(given) else drafter.plan(room)
     require(plan.length <= room, rule, f"plans {plan.length} drafts in a room of {room}")
     require(set(plan.levels) <= set(levels), rule, f"asks exits {plan.levels} of the open {levels}")
+    require(set(plan.levels) <= set(drafter.levels), rule, f"asks exits {plan.levels}, not in its levels")
     require(plan.width == 1 or rule.branches, rule, "plans a tree and does not say so (branches)")
     require(not plan.shadow or rule.shadows, rule, "asks for shadows and does not say so (shadows)")
     live = list(range(rows))

@@ -4,6 +4,7 @@ once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
@@ -46,6 +47,8 @@ class Driver:
         #: how far right the slots of each row were moved
         self.shift = [0] * rows.batch
         self.waiting: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.depths]
+        #: exits that may be asked
+        self.asked: Sequence[int] = range(self.last)
         #: what heads that read earlier states remember, by level
         self.memories: dict[int, Memory] = {}
         self.clock: Clock | None = None
@@ -55,7 +58,7 @@ class Driver:
     def read_prompt(self, states: dict[int, Tensor]) -> None:
         """Take in the states of the prompt by depth: what heads that read earlier states have to have seen."""
         for level, head in enumerate(self.heads):
-            if type(head).mixes:
+            if type(head).mixes and level in self.asked:
                 state = states[self.depths[level]]
                 self.memories[level] = Memory(head, self.runner, self.slots - state.shape[1])
                 self.memories[level].pending.append(state)

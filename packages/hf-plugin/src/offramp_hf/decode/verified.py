@@ -43,6 +43,7 @@ class Verified(Driver):
         self.drafter: Drafter = run.memory[self.rule][0]
         if self.rows.ids.device.type == "cpu":
             self.clock = run.memory[self.rule][1]
+        self.asked = self.drafter.levels
         self.drafter.begin(self.rows.batch)
 
     def generate(self) -> None:

@@ -44,7 +44,7 @@ class Pace(Drafter):
     """Acceptance rates by exit and confidence, and what looking earned; greedy output does not depend on it."""
 
     def __init__(self, setup: Setup, length: int) -> None:
-        self.setup, self.length = setup, length
+        self.setup, self.length, self.levels = setup, length, setup.levels
         depths = setup.depths
         self.hits = [[PRIOR * 0.75] * BINS for _ in depths]
         self.tries = [[PRIOR] * BINS for _ in depths]
@@ -58,7 +58,7 @@ class Pace(Drafter):
     def plan(self, room: int) -> Plan:
         """Ask the exits that are awake."""
         self.chances = {}
-        awake = tuple(i for i in self.setup.levels if self.awake(i))
+        awake = tuple(i for i in self.levels if self.awake(i))
         return Plan(awake, min(room, self.length))
 
     def wants(self, look: Look, rows: Sequence[int]) -> bool:

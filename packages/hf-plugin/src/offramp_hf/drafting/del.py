@@ -43,7 +43,7 @@ class Table(Drafter):
     """Decayed counts of right and wrong shadow tokens per exit, and how sure the exit was of them."""
 
     def __init__(self, setup: Setup, rule: Del) -> None:
-        self.setup, self.rule = setup, rule
+        self.setup, self.rule, self.levels = setup, rule, setup.levels
         self.begin(0)
 
     def begin(self, rows: int) -> None:
@@ -57,8 +57,8 @@ class Table(Drafter):
         """Plan the best exit and length, one draft from the shallowest exit while nothing is known."""
         shadow = self.rounds % self.rule.every == 0
         self.rounds += 1
-        if not any(self.right[i] + self.wrong[i] for i in self.setup.levels):
-            return Plan(self.setup.levels[:1], min(room, 1), True)
+        if not any(self.right[i] + self.wrong[i] for i in self.levels):
+            return Plan(self.levels[:1], min(room, 1), True)
         level, length = self.choose()
         return Plan((level,) if length else (), min(room, length), shadow)
 
@@ -67,8 +67,8 @@ class Table(Drafter):
 
         With acceptance rate p of an exit, d drafts give 1 + p + ... + p^d tokens for depth + d * (cost of one draft).
         """
-        best, chosen = 0.0, (self.setup.levels[0], 0)
-        for level in self.setup.levels:
+        best, chosen = 0.0, (self.levels[0], 0)
+        for level in self.levels:
             seen = self.right[level] + self.wrong[level]
             if not seen:
                 continue

@@ -41,6 +41,7 @@ class Either(Drafter):
         self.setup = setup
         self.text = Lookup(rule.ngram, rule.least, rule.length).start(setup)
         self.exits = Adaptive(rule.length).start(setup)
+        self.levels = self.exits.levels
         self.gain = 1.1
 
     def begin(self, rows: int) -> None:
