@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -36,6 +36,9 @@ class Certificate:
 
 class Calibrator(ABC):
     """Turns a trace into a calibrated policy; numpy only, never a model. Subclass, register, one file."""
+
+    #: the policies it can set
+    takes: ClassVar[type[ExitPolicy]] = ExitPolicy
 
     @abstractmethod
     def fit(self, trace: Trace, policy: ExitPolicy, *, alpha: float, delta: float, risk: str) -> Calibration:

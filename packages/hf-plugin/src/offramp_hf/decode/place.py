@@ -61,17 +61,21 @@ class Place:
     def positions(self, slots: int, new: int, device: torch.device) -> Tensor:
         """Return the positions [batch or 1, new] of `new` tokens behind `slots` stored ones: how many of the row's own
         tokens come before."""
-        stem = slots
-        if self.tree is None:
-            offset = torch.arange(new, device=device)[None]
-        else:  # a node stands as far behind the stem as it has ancestors
-            stem = min(slots, self.tree.base)
-            offset = torch.tensor([[self.tree.place(s) - stem for s in range(slots, slots + new)]], device=device)
+        tree, total = self.tree, slots + new
         if self.mask is None:
-            return offset + stem + self.before
+            if tree is None:
+                return torch.arange(slots, total, device=device)[None] + self.before
+            return torch.tensor([[tree.place(s) for s in range(slots, total)]], device=device) + self.before
+        mask = self.mask[:, :total]
+        if mask.shape[1] < total:  # nobody has widened it yet: new tokens are no padding
+            mask = torch.nn.functional.pad(mask, (0, total - mask.shape[1]), value=1)
+        real = (mask.cumsum(-1) - 1).clamp(min=0)
+        if tree is not None and total > tree.base:  # a node stands as far behind the stem as it has ancestors
+            depths = torch.tensor(tree.depths[: total - tree.base], device=device)
+            real = torch.cat([real[:, : tree.base], mask[:, : tree.base].sum(-1, keepdim=True) + depths], 1)
         # drafts of a row that is nearly full, and rows that ended, would run past a learned position table; nobody
         # reads them
-        return (self.mask[:, :stem].sum(-1, keepdim=True) + self.before + offset).clamp(max=max(self.longest, 1) - 1)
+        return (real[:, slots:] + self.before).clamp(max=max(self.longest, 1) - 1)
 
     def seen(self, slots: int, new: int, device: torch.device) -> Tensor | None:
         """Return which slots the `new` tokens behind `slots` stored ones see, bool [batch or 1, new, slots + new], when
