@@ -145,7 +145,7 @@ def test_settings_have_short_names_and_come_from_files(tmp_path):
     (tmp_path / "flag.json").write_text(json.dumps(flag))
     found = Setting.parse(str(tmp_path / "flag.json"))
     assert found.name == "confidence 0.9,0.25 verify draft 4" and found.exits == "here"
-    assert found.enabled() == {"verify": True, "draft": 4, "kv": "catch_up", "strict": False}
+    assert found.enabled().items() >= {"verify": True, "draft": 4, "kv": "catch_up", "strict": False}.items()
     assert Setting.of({"policy": "entropy", "threshold": 2.0, "normalised": False}).name == "entropy 2"
     inner = [{"policy": "fixed", "depth": 2}, {"policy": "margin", "threshold": 0.5}]
     assert Setting.of({"policy": "any_of", "policies": inner}).name == "any_of policies=(fixed 2),(margin 0.5)"

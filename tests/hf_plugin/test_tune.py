@@ -131,8 +131,9 @@ def test_thresholds_are_rungs_of_the_policys_ladder_one_per_exit(space):
     made = space()
     flag = made.suggest(Chosen(exit_3=True, exit_2=False, bold_confidence_1=1.0, bold_confidence_3=0.0))
     assert flag == {"policy": "confidence", "threshold": [0.0, 1.0], "verify": True, "draft": None, "at": [1, 3]}
-    fixed = made.suggest(Chosen(shallow=2, exit_3=False, policy="fixed", draft="fixed", length=5))
-    assert fixed == {"policy": "fixed", "depth": 2, "verify": True, "draft": 5, "at": [2]}
+    fixed = made.suggest(Chosen(shallow=2, exit_3=False, policy="fixed", draft_of_one="fixed", fixed_length=5))
+    draft = {"rule": "fixed", "length": 5}
+    assert fixed == {"policy": "fixed", "depth": 2, "verify": True, "draft": draft, "at": [2]}
     for one in (flag, fixed):
         parse_flag({k: v for k, v in one.items() if k != "at"})
 
@@ -187,19 +188,11 @@ def test_a_setting_that_the_exits_do_not_fit_is_a_dropped_trial(space):
     assert made.pruned == 1 and "at least 2" in made.kept[0]["unfit"]
 
 
-def test_rules_for_drafts_are_searched_with_their_options(space, monkeypatch):
-    from dataclasses import dataclass
-
-    @dataclass(frozen=True)
-    class Confident:
-        length: int = 4
-        eta: float = 0.6
-        exit: int | None = None
-
+def test_rules_for_drafts_are_searched_with_their_options(space):
     made = space()
-    monkeypatch.setattr(made, "rules", ["confident"])
-    monkeypatch.setattr(sys.modules["offramp_hf.tune_space"], "lookup", lambda kind, name: Confident)
-    found = made.draft(Chosen(draft="confident", confident_length=7, confident_eta=0.3))
+    assert set(made.rules) == set(offramp.names(offramp.DraftRule))
+    assert set(made.rules) - set(made.rules_of_one) == {"del"}  # it chooses between exits
+    found = made.draft(Chosen(draft="confident", confident_length=7, confident_eta=0.3), 2)
     assert found == {"rule": "confident", "length": 7, "eta": 0.3}
 
 

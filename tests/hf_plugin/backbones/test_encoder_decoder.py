@@ -384,7 +384,8 @@ def test_observe(model):
     batch, pad = texts(model), model.config.pad_token_id
     labels = torch.tensor([[5, 6, 7, 8], [9, 10, -100, -100], [11, 12, 13, pad]])
     backbone = adapt(model)
-    seen = backbone.observe({**batch, "labels": labels}, [2])
+    with torch.no_grad():  # gradients are the caller's choice, and pick other kernels
+        seen = backbone.observe({**batch, "labels": labels}, [2])
     shifted = model.prepare_decoder_input_ids_from_labels(labels)
     with backbone.chain().capture([2, DEPTH]) as kept, torch.no_grad():
         logits = model(**batch, decoder_input_ids=shifted).logits

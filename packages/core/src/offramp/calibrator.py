@@ -38,7 +38,7 @@ class Calibrator(ABC):
     """Turns a trace into a calibrated policy; numpy only, never a model. Subclass, register, one file."""
 
     #: the policies it can set
-    takes: ClassVar[type[ExitPolicy]] = ExitPolicy
+    takes: ClassVar[type[Any]] = ExitPolicy
 
     @abstractmethod
     def fit(self, trace: Trace, policy: ExitPolicy, *, alpha: float, delta: float, risk: str) -> Calibration:

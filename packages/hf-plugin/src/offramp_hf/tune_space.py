@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import offramp
-from offramp._registry import lookup
+from offramp._registry import create, lookup
+from offramp.draft import DraftRule
 from offramp.errors import BadArgument
 from offramp.policy import ExitPolicy, ThresholdPolicy
 
@@ -30,15 +31,27 @@ class Space:
         for name in self.policies:
             self.ladder(name, self.at)
         self.states = {d: {k: v.detach().clone() for k, v in exits[d].state_dict().items()} for d in self.at}
+        #: draft rules that fit these heads, and those of them that do with a single exit
+        self.rules = [n for n in offramp.names(offramp.DraftRule) if self.fits(n, self.at, exits)]
+        self.rules_of_one = [n for n in self.rules if self.fits(n, self.at[:1], exits)]
         exits.detach()
-        self.kind: Any = getattr(offramp, "DraftRule", None)
-        #: draft rules beside the two that `draft=None` and `draft=NUMBER` mean
-        self.rules = [] if self.kind is None else sorted(set(offramp.names(self.kind)) - {"adaptive", "fixed"})
+
+    @staticmethod
+    def fits(name: str, at: Sequence[int], exits: Any) -> bool:
+        """Whether a draft rule can work with exits `at` of this model."""
+        rule: DraftRule = create(DraftRule, name)
+        try:
+            rule.check(at, exits.head, exits.mixes)
+        except BadArgument:
+            return False
+        return not rule.branches or exits.backbone.trees
 
     def ladder(self, name: str, at: Sequence[int]) -> list[ExitPolicy]:
         """Return a policy's settings for exits `at` from safest to boldest; raises `BadArgument`, `UnknownName`."""
-        made: list[ExitPolicy] = lookup(ExitPolicy, name).example(at, self.classes).ladder(at, self.classes)
-        return made
+        example: ExitPolicy = lookup(ExitPolicy, name).example(at, self.classes)
+        if example.statistics() & {"gate", "agrees"}:
+            raise BadArgument(f"policy {name!r} reads a gate, which parts of the exits lack; leave it out")
+        return example.ladder(at, self.classes)
 
     def suggest(self, trial: Any) -> dict[str, Any]:
         """Return an `early_exit` dict, with the depths of its exits under "at".
@@ -59,7 +72,7 @@ class Space:
             policy = self.place(trial, name, ladder)
         verify = self.lossless or trial.suggest_categorical("verify", [True, False])
         how = (
-            {"draft": self.draft(trial)}
+            {"draft": self.draft(trial, len(at))}
             if verify
             else {"kv": trial.suggest_categorical("kv", ["catch_up", "propagate"])}
         )
@@ -69,15 +82,16 @@ class Space:
         """Return a rung of a ladder; the parameter is a share, so that it means the same on ladders of any length."""
         return ladder[round(trial.suggest_float(f"bold_{name}", 0.0, 1.0) * (len(ladder) - 1))]
 
-    def draft(self, trial: Any) -> Any:
-        """Return how drafts are made: None (adapting), a number of tokens, or a rule with its options."""
-        rule = trial.suggest_categorical("draft", ["adaptive", "fixed", *self.rules])
+    def draft(self, trial: Any, exits: int) -> Any:
+        """Return how drafts are made: None (adapting), or a rule with its options."""
+        if exits > 1:
+            rule = trial.suggest_categorical("draft", self.rules)
+        else:
+            rule = trial.suggest_categorical("draft_of_one", self.rules_of_one)
         if rule == "adaptive":
             return None
-        if rule == "fixed":
-            return trial.suggest_int("length", 1, LONGEST)
         found: dict[str, Any] = {"rule": rule}
-        for option in dataclasses.fields(lookup(self.kind, rule)):
+        for option in dataclasses.fields(lookup(DraftRule, rule)):
             value, name = option.default, f"{rule}_{option.name}"
             if option.name == "length":
                 found["length"] = trial.suggest_int(name, 1, LONGEST)
