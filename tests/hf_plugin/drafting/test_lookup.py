@@ -51,7 +51,7 @@ def test_room_and_ended_rows():
 
 def test_length_follows_what_was_right():
     good, bad = start(length=10), start(length=10)
-    good.wider = bad.wider = 0.05
+    good.setup.wider = bad.setup.wider = 0.05
     text = [1, 2, 3] * 5
     for _ in range(30):
         for drafter, right in ((good, True), (bad, False)):
@@ -61,6 +61,16 @@ def test_length_follows_what_was_right():
     assert len(good.propose([text], 10)[0]) == 10 and len(bad.propose([text], 10)[0]) < 2
     later = [len(bad.propose([text], 10)[0]) for _ in range(200)]
     assert max(later) > 0  # it is tried again some day
+
+
+def test_rows_share_one_call():
+    """One row that finds something among many that do not makes a wide call for nothing."""
+    alone = create(DraftRule, "lookup").start(Setup((2,), 8, (0,), wider=0.2))
+    alone.begin(1)
+    assert len(alone.propose([[1, 2, 3, 1, 2, 3, 1]], 8)[0]) > 0
+    many = create(DraftRule, "lookup").start(Setup((2,), 8, (0,), wider=0.2))
+    many.begin(8)
+    assert many.propose([[1, 2, 3, 1, 2, 3, 1], *([10 + r, 11, 12, 13] for r in range(7))], 8) == [[]] * 8
 
 
 def test_no_exit_is_asked(monkeypatch):

@@ -51,9 +51,9 @@ def check_windows(decoder: Decoder, probe: Callable[[Any], tuple[Any, Tensor, Te
         )
 
 
-def windowed(decoder: Decoder) -> tuple[Any, Tensor, Tensor]:
+def windowed(decoder: Decoder, make: Callable[[Any], Any] | None = None) -> tuple[Any, Tensor, Tensor]:
     """Return (cache, logits, the model's own logits) of two rows, one padded: three tokens at once, then two windows of
-    two tokens, then two of one."""
+    two tokens, then two of one. make(cache): the runner, `Through` when None."""
     from offramp_hf.cache import GrowingLayer, WindowCache
     from offramp_hf.decode.place import Place
     from offramp_hf.decode.runner import Through
@@ -65,11 +65,24 @@ def windowed(decoder: Decoder) -> tuple[Any, Tensor, Tensor]:
     full = decoder.model(input_ids=ids, attention_mask=mask, use_cache=False, **where).logits
     cache = WindowCache([GrowingLayer() for _ in decoder.blocks])
     decoder.forward(ids[:, :3], cache, {"attention_mask": mask[:, :3], **{k: v[:, :3] for k, v in where.items()}})
-    through, place, parts = Through(decoder, cache, {}), Place(mask, 6), []
-    for at in (slice(3, 5), slice(5, 6)):
-        state = through.window(ids[:, at], 0, 1, None, place)
-        parts.append(through.window(ids[:, at], 1, decoder.depth, state, place))
-    return cache, decoder.context().readout(torch.cat(parts, 1)), full[:, 3:]
+    through, place, parts = make(cache) if make else Through(decoder, cache, {}), Place(mask, 6), []
+    with through.running():
+        for at in (slice(3, 5), slice(5, 6)):
+            state = through.window(ids[:, at], 0, 1, None, place)
+            parts.append(through.window(ids[:, at], 1, decoder.depth, state, place))
+        return cache, decoder.context().readout(torch.cat(parts, 1)), full[:, 3:]
+
+
+def rows_are_exact(decoder: Decoder) -> bool:
+    """Whether running the blocks directly on padded rows gives the model's own logits."""
+    from offramp_hf.decode.direct import DirectRows, Unfit
+
+    try:
+        _, found, wanted = windowed(decoder, lambda cache: DirectRows(decoder, cache, 6))
+    except (Unfit, LookupError, RuntimeError, TypeError):
+        return False
+    low = wanted.dtype in (torch.float16, torch.bfloat16)
+    return bool(torch.allclose(found, wanted, rtol=5e-2 if low else 1e-3, atol=5e-2 if low else 1e-4))
 
 
 def direct_is_exact(decoder: Decoder) -> bool:

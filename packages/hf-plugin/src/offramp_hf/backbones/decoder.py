@@ -18,7 +18,7 @@ from offramp.errors import BadArgument, UnsupportedModel
 from offramp.head import Around, HeadContext
 from offramp_hf.backbones._blocks import block_list, quiet
 from offramp_hf.backbones._finish import Finish
-from offramp_hf.backbones._windows import check_windows, direct_is_exact, trees_are_exact
+from offramp_hf.backbones._windows import check_windows, direct_is_exact, rows_are_exact, trees_are_exact
 
 
 class Decoder(Backbone):
@@ -251,14 +251,23 @@ class Decoder(Backbone):
         """Return the names of a block call's positional arguments."""
         return list(inspect.signature(type(self.blocks[0]).forward).parameters)[1:]
 
-    def runner(self, cache: Any, rows: int, padded: bool, inputs: dict[str, Any]) -> Any:
+    def runner(self, cache: Any, rows: int, padded: bool, inputs: dict[str, Any], longest: int) -> Any:
         """Return the fastest way to run windows that a probe has shown to be exact for this model."""
-        from offramp_hf.decode.direct import Direct
+        from offramp_hf.decode.direct import Direct, DirectRows
         from offramp_hf.decode.runner import Through
 
-        if rows == 1 and not padded and not inputs and self.direct_fits:
-            return Direct(self, cache)
+        if not inputs and self.direct_fits:
+            if rows == 1 and not padded:
+                return Direct(self, cache)
+            if self.rows_fit:
+                return DirectRows(self, cache, longest)
         return Through(self, cache, inputs)
+
+    @cached_property
+    def rows_fit(self) -> bool:
+        """Whether that holds for padded rows too."""
+        with quiet(self.model):
+            return rows_are_exact(self)
 
     @cached_property
     def direct_fits(self) -> bool:

@@ -8,8 +8,8 @@ from offramp.draft import Setup
 
 #: weight of a new measurement in the running means
 NEW = 0.05
-#: measurements before the running means are believed
-ENOUGH = 8
+#: measurements before the running means are believed; of calls of many tokens, which come in many sizes, fewer do
+ENOUGH, FEW = 8, 2
 
 
 class Clock:
@@ -29,7 +29,7 @@ class Clock:
         mean = self.blocks.setdefault(tokens, Mean())
         mean.add(seconds / blocks)
         one = self.blocks.get(1)
-        if one is not None and tokens > 1 and one.count >= ENOUGH <= mean.count:
+        if one is not None and tokens > 1 and one.count >= ENOUGH and mean.count >= FEW:
             slope = max(0.0, (mean.value / one.value - 1) / (tokens - 1))
             self.setup.wider += NEW * (slope - self.setup.wider)
 

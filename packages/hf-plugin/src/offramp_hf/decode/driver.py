@@ -156,7 +156,9 @@ class Driver:
             mask = torch.cat(
                 [base if place.mask is None else place.mask[:, : self.slots], base.new_ones((len(kept), most))], 1
             )
-            if min(kept) != most:
+            if min(kept) != most and self.runner.holes:
+                mask[:, self.slots :] = torch.arange(most, device=device) < counts[:, None]
+            elif min(kept) != most:
                 shift = (most - counts)[:, None]
                 index = torch.arange(total, device=device)[None] - shift
                 mask = mask.gather(1, index.clamp(min=0)) * (index >= 0)
@@ -164,13 +166,20 @@ class Driver:
                     layer.gather(index.clamp(min=0))
                 for memory in self.memories.values():
                     memory.gather(index.clamp(min=0), place)
-            self.shift = [s + most - k for s, k in zip(self.shift, kept, strict=True)]
+                self.shift = [s + most - k for s, k in zip(self.shift, kept, strict=True)]
             place.mask = mask
         self.slots = total
 
     def leave(self) -> None:
         """Leave the cache as the framework does: token j of a row in slot j, all but the newest token."""
         length = self.older + self.rows.stop - 1
+        mask = self.place.mask
+        if self.runner.holes and mask is not None:
+            first = self.older + self.rows.prompt  # padding of the prompt stays
+            order = (1 - mask[:, first : self.slots]).argsort(dim=1, stable=True)[:, : length - first] + first
+            stem = torch.arange(first, device=order.device).expand(len(order), -1)
+            for layer in self.cache.layers:
+                layer.gather(torch.cat([stem, order], 1))
         if any(self.shift):
             shift = torch.tensor(self.shift, device=self.rows.ids.device)[:, None]
             index = torch.arange(length, device=shift.device)[None] + shift

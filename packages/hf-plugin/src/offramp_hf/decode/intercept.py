@@ -161,7 +161,8 @@ class Call:
             return
         mask, extra = _compat.step_inputs(inputs)
         padded = mask is not None and not bool(mask.all())
-        runner = backbone.runner(cache, rows.batch, padded, extra)
+        held = max(0, cache.shortest() - rows.prompt) + rows.longest
+        runner = backbone.runner(cache, rows.batch, padded, extra, held)
         kind = Verified if run.options.verify else Schedule if run.options.kv == "schedule" else Early
         driver = kind(
             run, rows, chooser, runner, cache, mask if padded else None

@@ -78,17 +78,18 @@ class Place:
         return (real[:, slots:] + self.before).clamp(max=max(self.longest, 1) - 1)
 
     def seen(self, slots: int, new: int, device: torch.device) -> Tensor | None:
-        """Return which slots the `new` tokens behind `slots` stored ones see, bool [batch or 1, new, slots + new], when
-        that is no plain matter of order and padding; else None."""
-        if self.tree is None:
-            return None
-        total, stem = slots + new, self.tree.base
+        """Return `matrix` when that is no plain matter of order and padding, else None."""
+        return None if self.tree is None else self.matrix(slots, new, device)
+
+    def matrix(self, slots: int, new: int, device: torch.device) -> Tensor:
+        """Return which slots the `new` tokens behind `slots` stored ones see, bool [batch or 1, new, slots + new]."""
+        total, tree = slots + new, self.tree
         order = torch.ones(new, total, dtype=torch.bool, device=device).tril(slots)[None]
-        first = max(0, stem - slots)  # the first new token that is a node of the tree
         if self.mask is not None:
             order = order & self.mask[:, None, :total].bool()
-        if first < new:
-            order = order.expand(len(self.tree.seen), -1, -1).clone()
-            start = slots + first - stem
-            order[:, first:, stem:] = self.tree.seen[:, start : start + new - first, : total - stem]
+        if tree is not None and total > tree.base:
+            first = max(0, tree.base - slots)  # the first new token that is a node of the tree
+            order = order.expand(len(tree.seen), -1, -1).clone()
+            start = slots + first - tree.base
+            order[:, first:, tree.base :] = tree.seen[:, start : start + new - first, : total - tree.base]
         return order

@@ -24,6 +24,9 @@ class Through:
     architecture.
     """
 
+    #: see `Direct.holes`; many models count positions by slots
+    holes = False
+
     def __init__(self, decoder: Decoder, cache: WindowCache, inputs: dict[str, Any]) -> None:
         self.decoder, self.cache, self.inputs = decoder, cache, inputs
         name = decoder.position_name

@@ -51,12 +51,8 @@ class Either(Drafter):
 
     def propose(self, texts: Sequence[Sequence[int]], room: int) -> list[list[int]]:
         """Return drafts from the text when they promise more than the exits, averaged over rows still going."""
-        self.text.order = {}
-        found = [self.text.find(row, text, room) for row, text in enumerate(texts) if text]
-        if not found or sum(gain for _, gain in found) / len(found) <= self.gain:
-            return []
-        drafts = iter(found)
-        return [next(drafts)[0] if text else [] for text in texts]
+        drafts, gain = self.text.offer(texts, room)
+        return drafts if gain > self.gain else []
 
     def plan(self, room: int) -> Plan:
         """Plan as the exits would."""

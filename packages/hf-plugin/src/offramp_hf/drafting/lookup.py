@@ -45,7 +45,7 @@ class Finder(Drafter):
     """Where each n-gram of each row stood last, and how often drafts after a match of n tokens were right."""
 
     def __init__(self, setup: Setup, rule: Lookup) -> None:
-        self.rule, self.wider = rule, setup.wider
+        self.rule, self.setup = rule, setup
         self.hits = {n: PRIOR * 0.5 for n in range(rule.least, rule.ngram + 1)}
         self.tries = dict.fromkeys(self.hits, PRIOR)
         self.begin(0)
@@ -63,11 +63,36 @@ class Finder(Drafter):
 
     def propose(self, texts: Sequence[Sequence[int]], room: int) -> list[list[int]]:
         """Return the drafts of every row."""
+        return self.offer(texts, room)[0]
+
+    def offer(self, texts: Sequence[Sequence[int]], room: int) -> tuple[list[list[int]], float]:
+        """Return (drafts of every row, expected tokens per call of the model and row).
+
+        All rows go through the same call, as wide as the longest draft makes it, so they are cut at one length.
+        """
         self.order = {}
-        return [self.find(row, text, room)[0] if text else [] for row, text in enumerate(texts)]
+        found = [self.find(row, text, room) if text else ([], 0.0) for row, text in enumerate(texts)]
+        live = sum(bool(text) for text in texts)
+        tokens, powers, best = float(live), [1.0] * len(found), (0, 1.0)
+        for length in range(1, max((len(drafts) for drafts, _ in found), default=0) + 1):
+            for row, (drafts, rate) in enumerate(found):
+                powers[row] *= rate if length <= len(drafts) else 0.0
+                tokens += powers[row]
+            gain = tokens / live / (1 + self.wider * length)
+            if gain > best[1]:
+                best = length, gain
+        if not best[0]:  # on the way back to the prior, so that it is tried again some day
+            for n in set(self.order.values()):
+                self.count(n, 0, 0)
+        return [drafts[: best[0]] for drafts, _ in found], best[1]
+
+    @property
+    def wider(self) -> float:
+        """What one more token adds to a call, as a share of it."""
+        return self.setup.wider
 
     def find(self, row: int, text: Sequence[int], room: int) -> tuple[list[int], float]:
-        """Return (drafts, expected tokens per call of the model) of one row."""
+        """Return (longest drafts, how often such a draft was right) of one row."""
         places, rule = self.places[row], self.rule
         for end in range(max(1, self.read[row]), len(text)):
             for n in self.hits:
@@ -78,26 +103,12 @@ class Finder(Drafter):
             start = places.get(tuple(text[len(text) - n :]))
             if start is None:
                 continue
-            length, gain = self.best(n, min(room, rule.length))
-            if not length:  # on the way back to the prior, so that it is tried again some day
-                self.count(n, 0, 0)
             self.order[row] = n
             drafts: list[int] = []
-            for i in range(start, start + length):
+            for i in range(start, start + min(room, rule.length)):
                 drafts.append(text[i] if i < len(text) else drafts[i - len(text)])
-            return drafts, gain
-        return [], 1.0
-
-    def best(self, n: int, most: int) -> tuple[int, float]:
-        """Return (number of drafts, expected tokens per call) with the best gain after a match of `n` tokens."""
-        rate, tokens, power, found = self.hits[n] / self.tries[n], 1.0, 1.0, (0, 1.0)
-        for length in range(1, most + 1):
-            power *= rate
-            tokens += power
-            gain = tokens / (1 + self.wider * length)
-            if gain > found[1]:
-                found = length, gain
-        return found
+            return drafts, self.hits[n] / self.tries[n]
+        return [], 0.0
 
     def learn(self, outcome: Outcome) -> None:
         """Count how many drafts after this kind of match were right."""
