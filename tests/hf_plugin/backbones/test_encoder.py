@@ -468,7 +468,8 @@ def descriptions(per_section):
 def train_classifier(model, data, n):
     """Fit the model's own readout by logistic regression on its frozen states: seconds, and a fair full model."""
     backbone = adapt(model)
-    parts = [backbone.observe({k: v[i : i + 64] for k, v in data.items()}, []) for i in range(0, n, 64)]
+    with torch.no_grad():
+        parts = [backbone.observe({k: v[i : i + 64] for k, v in data.items()}, []) for i in range(0, n, 64)]
     features, labels = torch.cat([p.final for p in parts]), torch.cat([p.targets for p in parts])
     readout = backbone.context()
     weights = [*readout.norm.parameters(), *readout.projection.parameters()]
