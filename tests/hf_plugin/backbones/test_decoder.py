@@ -208,9 +208,9 @@ def test_runners(model, family, monkeypatch):
     """Blocks are called straight where a probe shows that to be exact, else through the model: the same tokens."""
     backbone, used = adapt(model), []
     cache = WindowCache([GrowingLayer() for _ in range(DEPTH)])
-    assert type(backbone.runner(cache, 1, False, {}, 64)) is (Direct if family in STRAIGHT else Through)
+    assert type(backbone.runner(cache, 1, False, {})) is (Direct if family in STRAIGHT else Through)
     rows = DirectRows if family in STRAIGHT else Through
-    assert type(backbone.runner(cache, 2, False, {}, 64)) is type(backbone.runner(cache, 1, True, {}, 64)) is rows
+    assert type(backbone.runner(cache, 2, False, {})) is type(backbone.runner(cache, 1, True, {})) is rows
     exits = offramp.attach(model, at=[2])
     prompt = {"input_ids": torch.arange(5, 14)[None]}
     found = {}

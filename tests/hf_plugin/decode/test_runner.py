@@ -5,7 +5,7 @@ import torch
 
 from offramp._plugins import adapt
 from offramp_hf.cache import GrowingLayer, WindowCache
-from offramp_hf.decode.direct import TABLE, Direct
+from offramp_hf.decode.direct import TABLE, Direct, DirectRows
 from offramp_hf.decode.place import Place
 from offramp_hf.decode.runner import Through
 
@@ -32,6 +32,26 @@ def test_straight_equals_through(model, pieces):
     for a, b in zip(direct.cache.layers, through.cache.layers, strict=True):
         assert a.length == b.length == sum(pieces)
         torch.testing.assert_close(a.keys, b.keys, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pieces", [[6, 1, 1, 4], [250, 3, 6, 1], [255, 1, 1], [TABLE + 3, TABLE, 1]])
+def test_rows_straight_equal_through(model, pieces):
+    """Three rows, one padded, one with a hole where a draft was rejected."""
+    backbone = adapt(model)
+    rows = DirectRows(backbone, WindowCache([GrowingLayer() for _ in range(6)]))
+    through = Through(backbone, WindowCache([GrowingLayer() for _ in range(6)]), {})
+    ids, mask, at = torch.randint(3, 97, (3, sum(pieces))), torch.ones(3, sum(pieces), dtype=torch.long), 0
+    mask[1, :3], mask[2, pieces[0] - 1] = 0, 0
+    for n in pieces:
+        tokens, place = ids[:, at : at + n], Place(mask[:, : at + n], sum(pieces))
+        found = []
+        for run in (rows, through):
+            with run.running():
+                low = run.window(tokens, 0, 2, None, place)
+                found.append(run.window(tokens, 2, 6, low, place))
+        real = mask[:, at : at + n].bool()
+        torch.testing.assert_close(found[0][real], found[1][real], rtol=1e-4, atol=1e-5)
+        at += n
 
 
 @pytest.mark.parametrize("before", [3, 255, 256])

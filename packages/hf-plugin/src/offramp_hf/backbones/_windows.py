@@ -78,7 +78,7 @@ def rows_are_exact(decoder: Decoder) -> bool:
     from offramp_hf.decode.direct import DirectRows, Unfit
 
     try:
-        _, found, wanted = windowed(decoder, lambda cache: DirectRows(decoder, cache, 6))
+        _, found, wanted = windowed(decoder, lambda cache: DirectRows(decoder, cache))
     except (Unfit, LookupError, RuntimeError, TypeError):
         return False
     low = wanted.dtype in (torch.float16, torch.bfloat16)

@@ -251,7 +251,7 @@ class Decoder(Backbone):
         """Return the names of a block call's positional arguments."""
         return list(inspect.signature(type(self.blocks[0]).forward).parameters)[1:]
 
-    def runner(self, cache: Any, rows: int, padded: bool, inputs: dict[str, Any], longest: int) -> Any:
+    def runner(self, cache: Any, rows: int, padded: bool, inputs: dict[str, Any]) -> Any:
         """Return the fastest way to run windows that a probe has shown to be exact for this model."""
         from offramp_hf.decode.direct import Direct, DirectRows
         from offramp_hf.decode.runner import Through
@@ -260,7 +260,7 @@ class Decoder(Backbone):
             if rows == 1 and not padded:
                 return Direct(self, cache)
             if self.rows_fit:
-                return DirectRows(self, cache, longest)
+                return DirectRows(self, cache)
         return Through(self, cache, inputs)
 
     @cached_property

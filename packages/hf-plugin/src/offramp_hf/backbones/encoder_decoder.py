@@ -209,7 +209,7 @@ class EncoderDecoder(Decoder):
         """Run the decoder on new tokens; `inputs` brings the encoder's output and the whole cache, `cache` is in it."""
         return self.model(decoder_input_ids=tokens, use_cache=True, **inputs, **self._cheap_logits())
 
-    def runner(self, cache: Any, rows: int, padded: bool, inputs: dict[str, Any], longest: int) -> Any:
+    def runner(self, cache: Any, rows: int, padded: bool, inputs: dict[str, Any]) -> Any:
         """Return what runs windows: always through the model's own forward."""
         from offramp_hf.decode.runner import Through
 

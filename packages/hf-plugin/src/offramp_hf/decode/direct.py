@@ -190,7 +190,7 @@ class Direct:
     ) -> list[dict[str, Any]]:
         """Return the keyword arguments of nodes of a tree of drafts, one dict per kind of block; slots: of `cache`."""
         new = hidden.shape[1]
-        where = self.reach(place.positions(base + slots, new, hidden.device))
+        where = self.reach(place.positions(base + slots, new, hidden.device), base + slots + new)
         seen = place.matrix(base + slots, new, hidden.device)
         mask = additive(seen[..., base:], hidden.dtype).repeat(1, 1, self.groups, 1)
         given = {"cache": cache, "mask": mask}
@@ -199,8 +199,8 @@ class Direct:
             for table, kind in zip(self.tables, self.kinds, strict=True)
         ]
 
-    def reach(self, positions: Tensor) -> Tensor:
-        """Make sure that the tables hold these positions [1, new]; returns them."""
+    def reach(self, positions: Tensor, slots: int) -> Tensor:
+        """Make sure that the tables hold these positions [1, new], all below `slots`; returns them."""
         low, high = int(positions.min()), int(positions.max())
         if not self.start <= low <= high < self.start + self.size:
             self.prepare(low)
@@ -250,7 +250,7 @@ def _at(kind: str, value: Any, index: Tensor) -> Any:
 
 
 class DirectRows(Direct):
-    """Calls the blocks themselves for several rows, padded or of different length; `longest`: most positions of a row.
+    """Calls the blocks themselves for several rows, padded or of different length.
 
     What a row rejected stays in its slots and is masked: moving the others together would copy the whole cache at every
     round, twice the time of the round for eight rows of a 5 M-parameter model.
@@ -258,13 +258,16 @@ class DirectRows(Direct):
 
     holes = True
 
-    def __init__(self, decoder: Decoder, cache: WindowCache, longest: int) -> None:
-        super().__init__(decoder, cache, -(-longest // TABLE) * TABLE)
+    def __init__(self, decoder: Decoder, cache: WindowCache) -> None:
+        super().__init__(decoder, cache)
         if any(kind == "vector" for kinds in self.kinds for kind in kinds.values()):
             raise Unfit("its blocks take one position for all rows")
 
-    def reach(self, positions: Tensor) -> Tensor:
-        """Return the positions; the tables hold all that a row can have."""
+    def reach(self, positions: Tensor, slots: int) -> Tensor:
+        """Make sure that the tables hold every position below `slots`, without asking the device which are needed."""
+        if self.start or slots > self.size:
+            self.size = max(self.size, 1 << (slots - 1).bit_length())
+            self.prepare(0)
         return positions
 
     def window(

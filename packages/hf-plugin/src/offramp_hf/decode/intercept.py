@@ -161,8 +161,7 @@ class Call:
             return
         mask, extra = _compat.step_inputs(inputs)
         padded = mask is not None and not bool(mask.all())
-        held = max(0, cache.shortest() - rows.prompt) + rows.longest
-        runner = backbone.runner(cache, rows.batch, padded, extra, held)
+        runner = backbone.runner(cache, rows.batch, padded, extra)
         kind = Verified if run.options.verify else Schedule if run.options.kv == "schedule" else Early
         driver = kind(
             run, rows, chooser, runner, cache, mask if padded else None
