@@ -26,7 +26,7 @@ from offramp_hf.prepare import Settings, Text, calibrated, find_testbed, fitted,
 from offramp_hf.prompts import LINES, batches, read_prompts
 from offramp_hf.settings import Setting, parse_all
 
-MODELS = ("pycode-5m-layerskip", "pycode-5m")
+MODELS = ("pycode-5m-early", "pycode-5m")
 
 
 @dataclass(frozen=True)
