@@ -171,3 +171,14 @@ def test_watch_waits_for_the_framework():
         "assert PreTrainedModel.__dict__['from_pretrained'].__func__ is wrapped.__wrapped__\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_peft_wrapper_is_refused_with_the_line_to_write():
+    from peft import LoraConfig, get_peft_model
+
+    config = hf.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    tuned = get_peft_model(hf.LlamaForCausalLM(config), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(UnsupportedModel, match=r"offramp.attach\(model.get_base_model\(\)"):
+        offramp.attach(tuned, at=[1])

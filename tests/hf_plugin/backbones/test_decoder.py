@@ -8,7 +8,8 @@ import offramp
 from offramp._plugins import adapt
 from offramp.errors import UnsupportedModel
 from offramp_hf.cache import GrowingLayer, WindowCache
-from offramp_hf.decode.direct import Direct, DirectRows
+from offramp_hf.decode.direct import Direct
+from offramp_hf.decode.direct_rows import DirectRows
 from offramp_hf.decode.place import Place
 from offramp_hf.decode.runner import Through
 

@@ -188,7 +188,8 @@ def test_nothing_is_kept_alive(model, one):
     """Caches and rows of a call are gone after it."""
     offramp.attach(model, at=[2])
     with offramp.enable(model, "confidence", threshold=0.0, verify=True, draft=3):
-        greedy(model, one)
+        for _ in range(8):  # the first calls make recordings of blocks, which stay
+            greedy(model, one)
         gc.collect()
         before = sum(torch.is_tensor(o) for o in gc.get_objects())
         for _ in range(3):

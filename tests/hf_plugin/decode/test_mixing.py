@@ -6,6 +6,7 @@ import torch
 import offramp
 from offramp.head import Around
 from offramp_hf.decode import intercept
+from offramp_hf.decode.answers import Answers
 
 NEW = 24
 
@@ -58,14 +59,14 @@ def test_memory_is_that_of_the_text(model, request, drivers, rows, rule):
 
 def test_all_accepted_feeds_two_states(model, one, monkeypatch):
     """When every draft is right, the head has not read the last one; the next round reads it and the new token."""
-    exits = offramp.attach(model, at=[5], head="adapter")
+    offramp.attach(model, at=[5], head="adapter")
     for block in model.model.layers[5:]:  # the deep part changes nothing: every draft is the full model's
         block.self_attn.o_proj.weight.data.zero_()
         block.mlp.down_proj.weight.data.zero_()
     wanted = model.generate(**one, max_new_tokens=NEW, do_sample=False)
-    read, mix = [], type(exits[5]).mix
+    read, mix = [], Answers.mix
     monkeypatch.setattr(
-        type(exits[5]), "mix", lambda self, hidden, around: (read.append(hidden.shape[1]), mix(self, hidden, around))[1]
+        Answers, "mix", lambda self, level, new, *rest: (read.append(new.shape[1]), mix(self, level, new, *rest))[1]
     )
     with offramp.enable(model, "fixed", depth=5, verify=True, draft={"rule": "fixed", "length": 3}) as run:
         assert torch.equal(model.generate(**one, max_new_tokens=NEW, do_sample=False), wanted)

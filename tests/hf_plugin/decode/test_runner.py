@@ -5,7 +5,8 @@ import torch
 
 from offramp._plugins import adapt
 from offramp_hf.cache import GrowingLayer, WindowCache
-from offramp_hf.decode.direct import TABLE, Direct, DirectRows
+from offramp_hf.decode.direct import TABLE, Direct
+from offramp_hf.decode.direct_rows import DirectRows
 from offramp_hf.decode.place import Place
 from offramp_hf.decode.runner import Through
 

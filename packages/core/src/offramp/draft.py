@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from offramp.errors import BadArgument
@@ -13,11 +13,11 @@ from offramp.errors import BadArgument
 
 @dataclass
 class Setup:
-    """What a drafter works with, and what a round costs in blocks (a block: one call of one block on one token).
+    """What a drafter works with, and what a round costs in blocks (a block: that share of a round without drafts).
 
     depths: of the exits; depth: of the model; levels: indices of the exits that the policy could ever accept; head: one
-    look at an exit; wider: what one more token adds to a call of blocks, as a share of the call. The decoder measures
-    the last two as it goes where it can.
+    look at an exit; wider: what one more token adds to a call of blocks, as a share of the call; low: one token's way
+    to each exit. The decoder measures the last three as it goes where it can.
     """
 
     depths: tuple[int, ...]
@@ -25,11 +25,14 @@ class Setup:
     levels: tuple[int, ...]
     head: float = 0.0
     wider: float = 0.0
+    low: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.low = self.low or [float(depth) for depth in self.depths]
 
     def draft(self, level: int) -> float:
         """Return the cost of one draft from exit `level`: its low blocks, its look, and a wider deep call."""
-        low = self.depths[level]
-        return low + self.head + self.wider * (self.depth - low)
+        return self.low[level] + self.head + self.wider * (self.depth - self.depths[level])
 
 
 @dataclass

@@ -24,21 +24,23 @@ def look(
     hidden: Tensor,
     previous: Tensor | None,
     position: Tensor | None = None,
-    prediction: Tensor | None = None,
+    given: tuple[Tensor, dict[str, Tensor]] | None = None,
     needs: frozenset[str] | None = None,
     recent: Sequence[Sequence[int]] | None = None,
 ) -> Evidence:
     """Return the evidence of exit `index` for pooled states [rows, width]; its head runs only if it is needed.
 
-    needs: statistics to compute, None for those of the policy.
+    given: the head's prediction and its statistics, where they are known; needs: statistics to compute, None for those
+    of the policy.
     """
     depths = run.exits.at
     needs = run.policy.statistics() if needs is None else needs
     depth = depths[index]
     # a gate's candidates come from the first exit's head: run here, it also gives the answer of rows that stop there
+    prediction, stats = given or (None, {})
     if prediction is None and (needs & LOGITS or ("gate" in needs and index == 0)):
         prediction = run.exits[depth](hidden)
-    stats = confidence(prediction, needs) if prediction is not None else {}
+        stats = confidence(prediction, needs)
     if "cosine" in needs and previous is not None:
         stats["cosine"] = cosine(hidden, previous)
     if "agrees" in needs:
@@ -53,7 +55,8 @@ def decide(policy: ExitPolicy, state: State, seen: Evidence) -> tuple[Tensor, St
     """Return (rows that stop, new state, rows whose evidence is finite); rows with non-finite evidence never stop."""
     stop, state = policy.step(state, seen)
     if "top1" in seen.stats:
-        finite = seen.stats["top1"].isfinite()
+        top1 = seen.stats["top1"]
+        finite = top1 == top1  # a probability is finite or NaN; `isfinite` is four operations
     elif seen.prediction is not None:
         finite = seen.prediction.isfinite().all(-1)
     elif seen.hidden is not None:

@@ -26,8 +26,6 @@ class GrowingLayer(DynamicLayer):
     token.
     """
 
-    keys: Tensor
-    values: Tensor
     is_initialized: bool
 
     def __init__(self, sliding: bool = False) -> None:
@@ -41,26 +39,45 @@ class GrowingLayer(DynamicLayer):
             self.dtype, self.device = key_states.dtype, key_states.device
             self.is_initialized = True
             self.buffers = [self._empty(t, 0) for t in (key_states, value_states)]
-        start, stop = self.length, self.length + key_states.shape[-2]
+        start, new = self.length, key_states.shape[-2]
+        self.room(new)
+        self.buffers[0].narrow(-2, start, new).copy_(key_states)
+        self.buffers[1].narrow(-2, start, new).copy_(value_states)
+        return self.keys, self.values
+
+    def room(self, new: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values with `new` slots more, which the caller writes."""
+        start, stop = self.length, self.length + new
         if stop > self.buffers[0].shape[-2]:
             old = [b.narrow(-2, 0, start) for b in self.buffers]
-            self.buffers = [self._empty(t, stop) for t in (key_states, value_states)]
-            for new, kept in zip(self.buffers, old, strict=True):
-                new.narrow(-2, 0, start).copy_(kept)
-        self.buffers[0].narrow(-2, start, stop - start).copy_(key_states)
-        self.buffers[1].narrow(-2, start, stop - start).copy_(value_states)
-        self.show(stop)
+            self.buffers = [self._empty(t, stop) for t in self.buffers]
+            for buffer, kept in zip(self.buffers, old, strict=True):
+                buffer.narrow(-2, 0, start).copy_(kept)
+        self.length = stop
         return self.keys, self.values
+
+    @property
+    def keys(self) -> Tensor:
+        """Return the stored keys [batch, heads, length, head_dim], a view."""
+        return self.buffers[0].narrow(-2, 0, self.length)
+
+    @keys.setter
+    def keys(self, value: Any) -> None:
+        """Ignore the framework's None at the start."""
+
+    @property
+    def values(self) -> Tensor:
+        """Return the stored values [batch, heads, length, head_dim], a view."""
+        return self.buffers[1].narrow(-2, 0, self.length)
+
+    @values.setter
+    def values(self, value: Any) -> None:
+        """Ignore the framework's None at the start."""
 
     @staticmethod
     def _empty(like: Tensor, slots: int) -> Tensor:
         room = -(-slots // CHUNK) * CHUNK
         return like.new_empty((*like.shape[:-2], room, like.shape[-1]))
-
-    def show(self, length: int) -> None:
-        """Make `keys` and `values` the first `length` slots."""
-        self.length = length
-        self.keys, self.values = (b.narrow(-2, 0, length) for b in self.buffers)
 
     def get_seq_length(self) -> int:
         """Return the number of stored tokens."""
@@ -68,8 +85,7 @@ class GrowingLayer(DynamicLayer):
 
     def crop_to(self, length: int) -> None:
         """Forget every slot from `length` on."""
-        if self.is_initialized and self.length > length:
-            self.show(length)
+        self.length = min(self.length, length)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens, as the framework's layers do."""
@@ -80,14 +96,14 @@ class GrowingLayer(DynamicLayer):
         for buffer in self.buffers:
             wide = path[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[-1]) + start
             buffer.narrow(-2, start, path.shape[1]).copy_(buffer.gather(-2, wide))
-        self.show(start + path.shape[1])
+        self.length = start + path.shape[1]
 
     def gather(self, index: Tensor) -> None:
         """Reorder slots per row. index: int64 [batch, slots]."""
         for buffer, kept in zip(self.buffers, (self.keys, self.values), strict=True):
             wide = index[:, None, :, None].expand(-1, kept.shape[1], -1, kept.shape[-1])
             buffer.narrow(-2, 0, index.shape[1]).copy_(kept.gather(-2, wide))
-        self.show(index.shape[1])
+        self.length = index.shape[1]
 
 
 class WindowCache(DynamicCache):

@@ -34,6 +34,10 @@ def offramp_adapt(model: nn.Module) -> Backbone | None:
     if not bases:
         return None
     what = type(model).__name__
+    if hasattr(model, "get_base_model"):
+        raise UnsupportedModel(
+            f"{what} wraps the model that exits go on; adapters stay in it: offramp.attach(model.get_base_model(), ...)"
+        )
     if not any(c.__name__ == "PreTrainedModel" for c in bases):
         raise UnsupportedModel(f"{what} is a part of a transformers model; attach exits to the whole model")
     config: Any = getattr(model, "config", None)

@@ -101,7 +101,7 @@ def quick_norms(modules: Iterable[nn.Module]) -> Iterator[None]:
                     same = torch.equal(module(probe), rms_norm(probe, weight.shape, weight, epsilon))
                 _EQUAL[module] = weight.dtype, same
             if _EQUAL[module][1]:
-                module.__dict__["forward"] = _Norm(module, epsilon)
+                module.__dict__["forward"] = QuickNorm(module, epsilon)
                 put.append(module)
         yield
     finally:
@@ -109,12 +109,12 @@ def quick_norms(modules: Iterable[nn.Module]) -> Iterator[None]:
             module.__dict__.pop("forward", None)
 
 
-class _Norm:
+class QuickNorm:
     """The forward of a root-mean-square norm in one call."""
 
     def __init__(self, module: nn.Module, epsilon: float) -> None:
-        self.weight, self.epsilon = module.weight, epsilon
-        self.shape = self.weight.shape
+        self.parameters, self.epsilon = module._parameters, epsilon
+        self.shape = list(module.weight.shape)  # type: ignore[arg-type]
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
-        return rms_norm(hidden_states, self.shape, self.weight, self.epsilon)  # type: ignore[arg-type]
+        return rms_norm(hidden_states, self.shape, self.parameters["weight"], self.epsilon)

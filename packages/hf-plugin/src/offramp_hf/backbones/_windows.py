@@ -75,7 +75,8 @@ def windowed(decoder: Decoder, make: Callable[[Any], Any] | None = None) -> tupl
 
 def rows_are_exact(decoder: Decoder) -> bool:
     """Whether running the blocks directly on padded rows gives the model's own logits."""
-    from offramp_hf.decode.direct import DirectRows, Unfit
+    from offramp_hf.decode.direct import Unfit
+    from offramp_hf.decode.direct_rows import DirectRows
 
     try:
         _, found, wanted = windowed(decoder, lambda cache: DirectRows(decoder, cache))

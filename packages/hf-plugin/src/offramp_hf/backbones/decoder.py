@@ -18,6 +18,7 @@ from offramp.errors import BadArgument, UnsupportedModel
 from offramp.head import Around, HeadContext
 from offramp_hf.backbones._blocks import block_list, quiet
 from offramp_hf.backbones._finish import Finish
+from offramp_hf.backbones._replay import Replay
 from offramp_hf.backbones._windows import check_windows, direct_is_exact, rows_are_exact, trees_are_exact
 
 
@@ -253,7 +254,8 @@ class Decoder(Backbone):
 
     def runner(self, cache: Any, rows: int, padded: bool, inputs: dict[str, Any]) -> Any:
         """Return the fastest way to run windows that a probe has shown to be exact for this model."""
-        from offramp_hf.decode.direct import Direct, DirectRows
+        from offramp_hf.decode.direct import Direct
+        from offramp_hf.decode.direct_rows import DirectRows
         from offramp_hf.decode.runner import Through
 
         if not inputs and self.direct_fits:
@@ -262,6 +264,11 @@ class Decoder(Backbone):
             if self.rows_fit:
                 return DirectRows(self, cache)
         return Through(self, cache, inputs)
+
+    @cached_property
+    def replay(self) -> Replay:
+        """Return the recordings of the blocks; they last as long as the model is enabled."""
+        return Replay(self.blocks)
 
     @cached_property
     def rows_fit(self) -> bool:

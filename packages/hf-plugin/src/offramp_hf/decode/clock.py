@@ -1,4 +1,4 @@
-"""What a look at an exit and a wider call really cost on this machine, in blocks; measured while decoding."""
+"""What looks, low windows and wider calls really cost on this machine; measured while decoding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ ENOUGH, FEW = 8, 2
 
 
 class Clock:
-    """Running means of seconds: per block and token count, and per look; they correct a `Setup` in place.
+    """Running means of seconds: per window and token count, per look, and of the rest of a round; they correct a
+    `Setup` in place, round by round.
 
     Only on devices that run at once, as CPUs do: elsewhere seconds say when work was handed over, not how long it took.
     A moment in which the machine did something else counts at most twice the mean.
@@ -21,24 +22,47 @@ class Clock:
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
-        self.blocks: dict[int, Mean] = {}
-        self.looks = Mean()
+        self.windows: dict[tuple[int, int, int], Mean] = {}
+        self.looks, self.rests = Mean(), Mean()
+        #: seconds of this round that are accounted for
+        self.spent = 0.0
 
-    def window(self, seconds: float, blocks: int, tokens: int) -> None:
-        """Take in the time of a window."""
-        mean = self.blocks.setdefault(tokens, Mean())
-        mean.add(seconds / blocks)
-        one = self.blocks.get(1)
-        if one is not None and tokens > 1 and one.count >= ENOUGH and mean.count >= FEW:
-            slope = max(0.0, (mean.value / one.value - 1) / (tokens - 1))
+    def window(self, seconds: float, start: int, stop: int, tokens: int) -> None:
+        """Take in the time of blocks start < i <= stop on `tokens` tokens."""
+        self.spent += seconds
+        mean = self.windows.setdefault((start, stop, tokens), Mean())
+        mean.add(seconds / (stop - start))
+        one = self.one(start, stop)
+        if one is not None and tokens > 1 and mean.count >= FEW:
+            slope = max(0.0, (mean.value / one - 1) / (tokens - 1))
             self.setup.wider += NEW * (slope - self.setup.wider)
 
     def look(self, seconds: float) -> None:
         """Take in the time of a look."""
+        self.spent += seconds
         self.looks.add(seconds)
-        one = self.blocks.get(1)
-        if self.looks.count >= ENOUGH and one is not None and one.count >= ENOUGH:
-            self.setup.head = self.looks.value / one.value
+
+    def round(self, seconds: float) -> None:
+        """Take in the time of a whole round, and say in the setup what things cost in blocks."""
+        self.rests.add(max(0.0, seconds - self.spent))
+        self.spent = 0.0
+        one = self.one(0, self.setup.depth)
+        if one is None or self.rests.count < ENOUGH:
+            return
+        block = one + self.rests.value / self.setup.depth
+        if self.looks.count >= ENOUGH:
+            self.setup.head = self.looks.value / block
+        for level, depth in enumerate(self.setup.depths):
+            mean = self.windows.get((0, depth, 1))
+            if mean is not None and mean.count >= ENOUGH:
+                self.setup.low[level] = depth * mean.value / block
+
+    def one(self, start: int, stop: int) -> float | None:
+        """Return the seconds per block of one token in this window, or in the longest one known."""
+        known = [k for k, mean in self.windows.items() if k[2] == 1 and mean.count >= ENOUGH]
+        if (start, stop, 1) in known:
+            return self.windows[start, stop, 1].value
+        return self.windows[max(known, key=lambda k: k[1] - k[0])].value if known else None
 
 
 class Mean:

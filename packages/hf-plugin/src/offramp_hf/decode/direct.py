@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from offramp.blocks import state_of
 from offramp_hf.backbones import _quick
+from offramp_hf.backbones._calls import Given, recordable
 from offramp_hf.backbones.decoder import Decoder
 from offramp_hf.cache import GrowingLayer, Stored, WindowCache, additive, causal
 from offramp_hf.decode.place import Place
@@ -58,6 +59,7 @@ class Direct:
             if groups > 1:
                 stack.enter_context(_quick.grouped(model))
             self.groups, self.masks = groups, {}
+            self.decoder.replay.begin()
             try:
                 yield
             finally:
@@ -160,11 +162,32 @@ class Direct:
 
     def run(self, start: int, stop: int, state: Tensor, groups: list[dict[str, Any]], frozen: Any = None) -> Tensor:
         """Run blocks start < i <= stop with these arguments; frozen: as in `Through.window`."""
+        if self.cache.only_store:
+            for index in range(start, stop):
+                state = state_of(self.decoder.blocks[index](state, **groups[self.shared[index]]))
+            return state
+        replay, new, layers = self.decoder.replay, state.shape[1], self.cache.layers
+        given = [Given.of(g, kinds) for g, kinds in zip(groups, self.kinds, strict=True)]
+        ready = [replay.ready((state.shape, g.key)) for g in given]
         for index in range(start, stop):
-            state = state_of(self.decoder.blocks[index](state, **groups[self.shared[index]]))
+            kind = self.shared[index]
+            step = ready[kind][index] or replay.find(index, (state.shape, given[kind].key))
+            if step is None:
+                state = self.watched(index, state, given[kind])
+            else:
+                state = step[0](state, *layers[index].room(new), *given[kind].tensors, *step[1])
             if frozen is not None:
                 state = torch.where(frozen[0][:, None, None], frozen[1], state)
         return state
+
+    def watched(self, index: int, state: Tensor, given: Given) -> Tensor:
+        """Run block `index` itself, and let the recordings learn from it."""
+        block, layer = self.decoder.blocks[index], self.cache.layers[index]
+        out = state_of(block(state, **given.arguments))
+        if recordable(state, layer):
+            shape = state.shape, given.key
+            self.decoder.replay.learn(index, shape, out, lambda: given.example(block, index, state, layer))
+        return out
 
     def other(self, block: nn.Module, hidden: Tensor, layer: GrowingLayer, place: Place, base: int) -> Tensor:
         """Run a copy of the last block; as `Through.other`, for one row."""
@@ -247,42 +270,3 @@ def _at(kind: str, value: Any, index: Tensor) -> Any:
     if kind == "table":
         return value[0][index]
     return value[index[0]] if kind == "vector" else value
-
-
-class DirectRows(Direct):
-    """Calls the blocks themselves for several rows, padded or of different length.
-
-    What a row rejected stays in its slots and is masked: moving the others together would copy the whole cache at every
-    round, twice the time of the round for eight rows of a 5 M-parameter model.
-    """
-
-    holes = True
-
-    def __init__(self, decoder: Decoder, cache: WindowCache) -> None:
-        super().__init__(decoder, cache)
-        if any(kind == "vector" for kinds in self.kinds for kind in kinds.values()):
-            raise Unfit("its blocks take one position for all rows")
-
-    def reach(self, positions: Tensor, slots: int) -> Tensor:
-        """Make sure that the tables hold every position below `slots`, without asking the device which are needed."""
-        if self.start or slots > self.size:
-            self.size = max(self.size, 1 << (slots - 1).bit_length())
-            self.prepare(0)
-        return positions
-
-    def window(
-        self, tokens: Tensor, start: int, stop: int, hidden: Tensor | None, place: Place, frozen: Any = None
-    ) -> Tensor:
-        """Run blocks start < i <= stop; as `Through.window`."""
-        if place.mask is None and place.tree is None:
-            return super().window(tokens, start, stop, hidden, place, frozen)
-        state: Tensor = self.embed(tokens) if hidden is None else hidden
-        slots = self.cache.layers[start].length
-        return self.run(start, stop, state, self.around(state, slots, place, self.cache), frozen)
-
-    def other(self, block: nn.Module, hidden: Tensor, layer: GrowingLayer, place: Place, base: int) -> Tensor:
-        """Run a copy of the last block; as `Through.other`."""
-        if place.mask is None and place.tree is None:
-            return super().other(block, hidden, layer, place, base)
-        own = WindowCache([layer] * self.decoder.depth)
-        return state_of(block(hidden, **self.around(hidden, layer.length, place, own, base)[self.shared[-1]]))

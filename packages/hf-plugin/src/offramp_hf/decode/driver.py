@@ -5,6 +5,7 @@ once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -16,6 +17,7 @@ from offramp.engine import LOGITS, look
 from offramp.head import ExitHead
 from offramp.policy import Evidence
 from offramp_hf.cache import WindowCache
+from offramp_hf.decode.answers import Answers
 from offramp_hf.decode.choose import Chooser
 from offramp_hf.decode.clock import Clock
 from offramp_hf.decode.mixing import Memory
@@ -55,12 +57,22 @@ class Driver:
         #: states that reached a level in this round, by level, when someone asks for them afterwards
         self.passed: dict[int, list[Tensor]] = {}
 
+    def begin(self, states: dict[int, Tensor]) -> None:
+        """Start inside `runner.running()`. states: of the prompt, by depth, for heads that read earlier states."""
+        answers = self.run.memory.get(self.needs)
+        if answers is None:
+            answers = self.run.memory[self.needs] = Answers(self.heads, self.context, self.needs)
+        self.answers: Answers = answers
+        answers.begin()
+        self.read_prompt(states)
+
     def read_prompt(self, states: dict[int, Tensor]) -> None:
         """Take in the states of the prompt by depth: what heads that read earlier states have to have seen."""
         for level, head in enumerate(self.heads):
             if type(head).mixes and level in self.asked:
                 state = states[self.depths[level]]
-                self.memories[level] = Memory(head, self.runner, self.slots - state.shape[1])
+                mix = partial(self.answers.mix, level)
+                self.memories[level] = Memory(mix, self.runner, self.slots - state.shape[1])
                 self.memories[level].pending.append(state)
 
     def newest(self) -> Tensor:
@@ -78,7 +90,7 @@ class Driver:
         began = perf_counter()
         state: Tensor = self.runner.window(tokens, start, stop, hidden, self.place, frozen)
         if self.clock is not None:
-            self.clock.window(perf_counter() - began, stop - start, tokens.shape[1])
+            self.clock.window(perf_counter() - began, start, stop, tokens.shape[1])
         self.run.stats.blocks_run += (stop - start) * self.rows.batch
         if high == self.last:
             self.run.stats.rounds += 1
@@ -123,19 +135,23 @@ class Driver:
 
     def look(self, index: int, state: Tensor, previous: Tensor | None, position: Tensor) -> Evidence:
         """Return the evidence of exit `index` for the newest tokens. state: [batch, 1, width]."""
-        prediction = self.predict(index, state) if self.needs & LOGITS else None
-        return look(self.run, index, state[:, -1], previous, position, prediction, self.needs, self.rows.depths)
+        given = self.answers.look(index, self.read(index, state)) if self.needs & LOGITS else None
+        return look(self.run, index, state[:, -1], previous, position, given, self.needs, self.rows.depths)
 
     def predict(self, index: int, state: Tensor) -> Tensor:
         """Return the logits [batch, classes] of exit `index` for the newest tokens. state: [batch, new, width]."""
+        return self.answers.predict(index, self.read(index, state))
+
+    def read(self, index: int, state: Tensor) -> Tensor:
+        """Return what the head of exit `index` predicts the newest tokens from, [batch, width]."""
         if index in self.memories:
             state = self.memories[index].read(self.place)
-        out: Tensor = self.heads[index](state[:, -1])
-        return out
+        return state[:, -1]
 
-    def positions(self) -> Tensor:
-        """Return how many tokens each row has generated, int64 [batch]."""
-        return torch.tensor(self.rows.length, device=self.rows.ids.device) - self.rows.prompt
+    def positions(self, more: int = 0) -> Tensor:
+        """Return how many tokens each row has generated, int64 [batch]; more: drafts on top."""
+        made = [length - self.rows.prompt + more for length in self.rows.length]
+        return torch.tensor(made, device=self.rows.ids.device)
 
     def keep(self, new: int, kept: list[int]) -> None:
         """Keep the first `kept[row]` of the `new` newest slots of each row; every row ends at the same slot again.

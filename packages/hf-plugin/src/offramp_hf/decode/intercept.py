@@ -163,11 +163,9 @@ class Call:
         padded = mask is not None and not bool(mask.all())
         runner = backbone.runner(cache, rows.batch, padded, extra)
         kind = Verified if run.options.verify else Schedule if run.options.kv == "schedule" else Early
-        driver = kind(
-            run, rows, chooser, runner, cache, mask if padded else None
-        )
+        driver = kind(run, rows, chooser, runner, cache, mask if padded else None)
         with runner.running():
-            driver.read_prompt(states)
+            driver.begin(states)
             driver.generate()
             if wanted:
                 driver.leave()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from offramp.head import Around, ExitHead
+from offramp.head import Around
 from offramp_hf.cache import GrowingLayer
 from offramp_hf.decode.place import Place
 
@@ -15,11 +16,12 @@ from offramp_hf.decode.place import Place
 class Memory:
     """Keys and values of one head, slot by slot as in the model's cache, and states that it has not read yet.
 
-    base: slots of the model's cache before the first state that the head gets to see.
+    mix_in: the head's `mix`, with the layer of the cache that it remembers in; base: slots of the model's cache before
+    the first state that the head gets to see.
     """
 
-    def __init__(self, head: ExitHead, runner: Any, base: int) -> None:
-        self.head, self.runner, self.base = head, runner, base
+    def __init__(self, mix_in: Callable[[Tensor, Around, GrowingLayer], Tensor], runner: Any, base: int) -> None:
+        self.mix_in, self.runner, self.base = mix_in, runner, base
         self.layer = GrowingLayer()
         self.pending: list[Tensor] = []
         #: what was mixed last, [batch, new, width]
@@ -47,7 +49,7 @@ class Memory:
             state: Tensor = self.runner.other(block, states, past, place, self.base)
             return state
 
-        return self.head.mix(hidden, Around(place.positions(slots, new, hidden.device), mask, past, call))
+        return self.mix_in(hidden, Around(place.positions(slots, new, hidden.device), mask, past, call), past)
 
     def catch_up(self, slots: int, place: Place) -> None:
         """Read what is pending when the first `slots` slots of the model's cache reach into it, else forget it."""

@@ -49,7 +49,10 @@ class Verified(Driver):
     def generate(self) -> None:
         """Run rounds until every row has stopped."""
         while not self.rows.done:
+            began = perf_counter()
             self.round()
+            if self.clock is not None:
+                self.clock.round(perf_counter() - began)
 
     def round(self) -> None:
         """Draft, run the deep blocks once on all drafts, commit what they confirm and one token more."""
@@ -111,7 +114,7 @@ class Verified(Driver):
         """
         policy = self.run.policy
         memory = policy.start(self.rows.batch, state.device)
-        position = self.positions() + len(drafts)
+        position = self.positions(len(drafts))
         previous = None
         for n, level in enumerate(levels):
             if n:
@@ -176,10 +179,10 @@ class Verified(Driver):
         given: how many of the drafts were proposed for each row, when no exit made them.
         """
         rows, count = self.rows, len(drafts)
-        logits = self.context.readout(self.finish())
+        logits, top = self.answers.readout(self.finish())
         made = torch.cat(drafts, 1).tolist() if drafts else [[] for _ in range(rows.batch)]
         plain = self.chooser.plain and not self.chooser.sample
-        best = logits.argmax(-1).tolist() if plain else None
+        best = top.tolist() if plain else None
         # a draft from the text was decided before any block; depth 0 says so
         depth_of = [self.depths[look.level] for look in looks if look.drafted] if given is None else [0] * count
         found: dict[int, tuple[list[int], list[Tensor] | None]] = {}
@@ -197,9 +200,7 @@ class Verified(Driver):
             kept[row] = min(kept[row], len(tokens))
             drafted = count if given is None else given[row]
             self.commit(row, tokens, scores, logits[row], depth_of, kept[row])
-            self.drafter.learn(
-                Outcome(row, tokens, drafted, kept[row], looks, shadows.get(row, ()), given is not None)
-            )
+            self.drafter.learn(Outcome(row, tokens, drafted, kept[row], looks, shadows.get(row, ()), given is not None))
             self.run.stats.drafted += drafted
         self.keep(count + 1, kept)
 

@@ -1,0 +1,109 @@
+"""What exits and the full model say of states, from recordings where these give the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.head import Around, ExitHead, HeadContext
+from offramp.kernels.confidence import PREDICTION, confidence
+from offramp_hf.backbones._calls import FEW, Slots
+from offramp_hf.backbones._replay import Example, Function, Replay
+from offramp_hf.cache import CHUNK, GrowingLayer
+
+
+class Answers:
+    """Heads with the statistics that are asked of them, and the readout; the last part of `replay` is the readout.
+
+    needs: statistics asked of every look; recorded: whether the device runs at once, so that Python between operations
+    is what costs (a recording saves it elsewhere too, but nobody measured it).
+    """
+
+    def __init__(self, heads: Sequence[ExitHead], context: HeadContext, needs: frozenset[str]) -> None:
+        self.heads, self.context = heads, context
+        self.names = tuple(sorted(needs & PREDICTION))
+        self.needs = frozenset(self.names)
+        projection = context.projection
+        self.replay = Replay([*(nn.ModuleList([head, projection]) for head in heads), _readout(context)])
+        self.mixing = Replay(heads)
+        self.masks: dict[int, Tensor] = {}
+
+    def begin(self) -> None:
+        """A generation begins."""
+        self.replay.begin()
+        self.mixing.begin()
+        self.masks = {}
+
+    def look(self, level: int, state: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return (logits [rows, classes], statistics [rows] by name) of an exit for states [rows, width]."""
+        head, names, needs = self.heads[level], self.names, self.needs
+
+        def answer(state: Tensor) -> tuple[Tensor, ...]:
+            logits = head(state)
+            stats = confidence(logits, needs)
+            return logits, *(stats[name] for name in names)
+
+        logits, *stats = _run(self.replay, level, answer, state, (state.shape, "look"))
+        return logits, dict(zip(names, stats, strict=False))
+
+    def predict(self, level: int, state: Tensor) -> Tensor:
+        """Return the logits [..., classes] of an exit for states [..., width]."""
+        out: Tensor = _run(self.replay, level, self.heads[level], state, (state.shape, "predict"))
+        return out
+
+    def readout(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (logits [..., classes], their largest [...]) of the full model for its last states [..., width]."""
+        context = self.context
+
+        def answer(state: Tensor) -> tuple[Tensor, Tensor]:
+            logits = context.readout(state)
+            return logits, logits.argmax(-1)
+
+        logits, best = _run(self.replay, len(self.heads), answer, state, (state.shape, "readout"))
+        return logits, best
+
+    def mix(self, level: int, hidden: Tensor, around: Around, layer: GrowingLayer) -> Tensor:
+        """Let a head that reads earlier states take in new ones [batch, new, width]; `layer` is its `around.past`."""
+        head, new = self.heads[level], hidden.shape[1]
+        if around.mask is not None or new > FEW or not layer.is_initialized or layer.length <= 2 * new:
+            return head.mix(hidden, around)
+        masks = [self.seen(new, layer.length + new, hidden.device)] if new > 1 else []
+        shape = hidden.shape, around.positions.shape
+        step = self.mixing.ready(shape)[level] or self.mixing.find(level, shape)
+        if step is not None:
+            out: Tensor = step[0](hidden, around.positions, *layer.room(new), *masks, *step[1])
+            return out
+        mixed = head.mix(hidden, around)
+
+        def function(hidden: Tensor, positions: Tensor, keys: Tensor, values: Tensor, *mask: Tensor) -> Tensor:
+            return head.mix(hidden, Around(positions, mask[0] if mask else None, Slots(keys, values, new)))
+
+        inputs = hidden, around.positions, layer.keys, layer.values, *masks
+        shorter = hidden, around.positions, layer.keys[:, :, 1:], layer.values[:, :, 1:], *(m[..., 1:] for m in masks)
+        self.mixing.learn(level, shape, mixed, lambda: Example(function, inputs, shorter))
+        return mixed
+
+    def seen(self, new: int, slots: int, device: torch.device) -> Tensor:
+        """Return which slots each of `new` states at their end sees, bool [1, new, slots], a view of one matrix."""
+        found = self.masks.get(new)
+        if found is None or found.shape[-1] < slots:
+            wide = slots + CHUNK
+            found = self.masks[new] = torch.ones(1, new, wide, dtype=torch.bool, device=device).tril(wide - new)
+        return found[..., found.shape[-1] - slots :]
+
+
+def _readout(context: HeadContext) -> nn.ModuleList:
+    return nn.ModuleList([context.norm, context.projection])
+
+
+def _run(replay: Replay, index: int, function: Callable[[Tensor], Any], state: Tensor, shape: Any) -> Any:
+    step = replay.ready(shape)[index] or replay.find(index, shape)
+    if step is not None:
+        return step[0](state, *step[1])
+    out: Any = function(state)
+    call: Function = function
+    replay.learn(index, shape, out, lambda: Example(call, [state], [state]))
+    return out

@@ -1,0 +1,160 @@
+"""Recordings of blocks give what the blocks give, to the bit, and nobody's change to a block is passed by."""
+
+import copy
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+import offramp
+from offramp_hf.backbones import _replay
+from offramp_hf.backbones._replay import Example, Replay
+
+VOCAB, NEW = 97, 40
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = hf.LlamaConfig(vocab_size=VOCAB, **sizes, num_key_value_heads=2, bos_token_id=1, initializer_range=0.2)
+    config.eos_token_id = None
+    return hf.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def ids():
+    return torch.arange(5, 14)[None]
+
+
+def write(model, ids):
+    return model.generate(ids, max_new_tokens=NEW, do_sample=False, output_logits=True, return_dict_in_generate=True)
+
+
+def proved(exits):
+    return sum(graph is not None for graphs in exits.backbone.replay.proved.values() for graph in graphs)
+
+
+def test_blocks_are_recorded_and_logits_are_those_of_generate(model, ids):
+    wanted = write(model, ids)
+    exits = offramp.attach(model, at=[2])
+    with offramp.enable(model, "fixed", depth=2, verify=True):
+        for _ in range(2):
+            found = write(model, ids)
+            assert torch.equal(found.sequences, wanted.sequences)
+            torch.testing.assert_close(torch.stack(found.logits), torch.stack(wanted.logits), rtol=1e-5, atol=1e-5)
+    assert proved(exits) >= 4  # each block at one token
+    shapes = exits.backbone.replay.graphs
+    assert all(len(graphs) == 1 for graphs in shapes.values())  # equal blocks share a recording
+
+
+def test_a_hook_on_a_block_runs_at_every_token(model, ids):
+    exits = offramp.attach(model, at=[2])
+    with offramp.enable(model, "fixed", depth=2, verify=True):
+        write(model, ids)
+        assert proved(exits)
+        seen = []
+        handle = model.model.layers[3].mlp.register_forward_hook(lambda *_: seen.append(1))
+        write(model, ids)
+        handle.remove()
+    assert len(seen) >= NEW - 1
+
+
+def test_changed_weights_are_read_anew(model, ids):
+    exits = offramp.attach(model, at=[2])
+    with offramp.enable(model, "fixed", depth=2, verify=True):
+        write(model, ids)
+        assert proved(exits)
+        model.model.layers[1].mlp.down_proj.weight = nn.Parameter(torch.randn(32, 64) * 0.3)
+        found = write(model, ids)
+    assert torch.equal(found.sequences, write(model, ids).sequences)
+
+
+def test_a_block_that_runs_other_code_than_before_is_found_out(model, ids):
+    exits = offramp.attach(model, at=[2])
+    with offramp.enable(model, "fixed", depth=2, verify=True):
+        write(model, ids)
+        assert proved(exits)
+        model.model.layers[2].mlp.act_fn = nn.Tanh()
+        found = write(model, ids)
+    assert torch.equal(found.sequences, write(model, ids).sequences)
+
+
+def test_adapters_switched_off_between_calls_are_off(model, ids):
+    from peft import LoraConfig, get_peft_model
+
+    tuned = get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    exits = offramp.attach(model, at=[2])
+    with offramp.enable(model, "fixed", depth=2, verify=True):
+        on = write(tuned, ids).sequences
+        assert proved(exits)
+        with tuned.disable_adapter():
+            off = write(tuned, ids).sequences
+    assert torch.equal(on, write(tuned, ids).sequences)
+    with tuned.disable_adapter():
+        assert torch.equal(off, write(tuned, ids).sequences)
+    assert not torch.equal(on, off)
+
+
+def test_experts_chosen_by_value_are_not_recorded(ids):
+    torch.manual_seed(1)
+    config = hf.MixtralConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, bos_token_id=1, eos_token_id=None, initializer_range=0.2,
+    )  # fmt: skip
+    model = hf.MixtralForCausalLM(config).eval()
+    wanted = write(model, ids).sequences
+    exits = offramp.attach(model, at=[1])
+    with offramp.enable(model, "fixed", depth=1, verify=True):
+        assert torch.equal(write(model, ids).sequences, wanted)
+    assert not proved(exits)
+
+
+def test_a_copied_model_records_its_own(model, ids):
+    exits = offramp.attach(model, at=[2])
+    with offramp.enable(model, "fixed", depth=2, verify=True):
+        write(model, ids)
+    twin = copy.deepcopy(exits.backbone.replay)
+    assert not twin.graphs and twin.parts[0] is not exits.backbone.replay.parts[0]
+
+
+class Branches(nn.Module):
+    """Runs other operations where the state is positive."""
+
+    def forward(self, state):
+        return state * 2 if state.sum() > 0 else state
+
+
+class Noise(nn.Module):
+    """Gives something else at every call."""
+
+    def forward(self, state):
+        return state + torch.rand(())
+
+
+def feed(part, calls):
+    replay, state = Replay([part]), torch.ones(1, 3)
+    for _ in range(calls):
+        replay.learn(0, "shape", part(state), lambda: Example(part, [state], [state]))
+    return replay
+
+
+def test_value_dependent_code_is_refused():
+    replay = feed(Branches(), _replay.USES)
+    assert replay.find(0, "shape") is None
+    assert "shape" in replay.refused
+
+
+def test_a_part_that_never_repeats_itself_is_given_up():
+    replay = feed(Noise(), _replay.USES + _replay.TRIES)
+    assert replay.find(0, "shape") is None
+    assert replay.refused["shape"] == "its recordings keep differing from it"
+
+
+def test_a_call_is_compared_again_in_every_generation():
+    part = nn.Linear(3, 3)
+    replay = feed(part, _replay.USES)
+    assert replay.find(0, "shape") is not None
+    replay.begin()
+    assert replay.find(0, "shape") is None
