@@ -20,6 +20,8 @@ from offramp.calibration import Calibration
 from offramp.calibrator import Certificate
 from offramp.draft import DraftRule
 from offramp.errors import BadArgument, NotAttached, check_options
+from offramp.gate import ExitGate
+from offramp.gating import gate_of, need_gate
 from offramp.head import gated
 from offramp.options import OPTIONS, Options
 from offramp.policy import ExitPolicy, SchedulePolicy
@@ -90,8 +92,13 @@ class Run:
             gated(exits, trained=True)
         self.exits, self.policy, self.options = exits, policy, options
         self.model, self.backbone = exits.model, exits.backbone
-        if "agrees" in policy.statistics():
-            exits.gate_module  # noqa: B018  raises with the line to write when there is none
+        for statistic in policy.statistics():
+            if (name := gate_of(statistic)) is not None:
+                need_gate(exits, name)
+        #: the gate beside the exits, which policies ask for by the name of its statistic
+        self.gate: ExitGate | None = None if exits.gate is None else exits.gate_module
+        #: whether evidence of an exit takes the state at the exit before
+        self.looks_back = "cosine" in policy.statistics() or (self.gate is not None and self.gate.looks_back)
         self.stats = Stats()
         self.paused = False
         #: what a decoding driver remembers between calls (e.g. how often drafts were accepted)

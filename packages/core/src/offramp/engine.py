@@ -35,14 +35,16 @@ def look(
     depths = run.exits.at
     needs = run.policy.statistics() if needs is None else needs
     depth = depths[index]
+    gate = run.gate if run.gate is not None and run.gate.statistic in needs else None
+    asked = gate.needs if gate is not None else frozenset()
     # a gate's candidates come from the first exit's head: run here, it also gives the answer of rows that stop there
-    if prediction is None and (needs & LOGITS or ("gate" in needs and index == 0)):
+    if prediction is None and (needs & LOGITS or asked or ("gate" in needs and index == 0)):
         prediction = run.exits[depth](hidden)
-    stats = confidence(prediction, needs) if prediction is not None else {}
+    stats = confidence(prediction, needs | asked) if prediction is not None else {}
     if "cosine" in needs and previous is not None:
         stats["cosine"] = cosine(hidden, previous)
-    if "agrees" in needs:
-        stats["agrees"] = run.exits.gate_module(hidden)
+    if gate is not None:
+        stats[gate.statistic] = gate(hidden, index, previous, stats)
     classes = 0 if prediction is None else prediction.shape[-1]
     last = index == len(depths) - 1
     head = run.exits[depth] if "gate" in needs else None
@@ -157,7 +159,7 @@ class SinglePass:
         pooled = self.pool(hidden)
         seen = look(run, index, pooled, self.previous)
         stop, self.state, finite = decide(run.policy, self.state, seen)
-        self.previous = pooled if "cosine" in run.policy.statistics() else None
+        self.previous = pooled if run.looks_back else None
         counts = torch.stack([stop.sum(), finite.numel() - finite.sum()]).tolist()  # the one host sync of an exit
         run.stats.nonfinite += counts[1]
         if not counts[0]:

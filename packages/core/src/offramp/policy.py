@@ -80,9 +80,9 @@ class ExitPolicy(ABC):
     has no weights and never looks across rows.
     """
 
-    #: statistics to compute for this policy: top1, margin, entropy, label, cosine; "agrees" asks for the gate that all
-    #: exits share, "prediction" for the logits, "gate" for the heads' gates, which a policy asks itself and a trace
-    #: holds as probabilities
+    #: statistics to compute for this policy: top1, margin, entropy, sharpened, energy, label, cosine; "prediction" asks
+    #: for the logits, a gate's `statistic` ("agrees", "jei", "lambda", ...) for the gate beside the exits, "gate" for
+    #: gates inside the heads, which a policy asks itself and a trace holds as probabilities
     needs: ClassVar[frozenset[str]] = frozenset()
     #: "up": raising the threshold is safer and slower; "down": lowering it is; "" for policies without a threshold
     safer: ClassVar[str] = ""

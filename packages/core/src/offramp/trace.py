@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offramp._registry import lookup
 from offramp.calibration import Calibration
 from offramp.enable import make_policy
 from offramp.errors import BadArgument, DamagedFile
+from offramp.gate import ExitGate
+from offramp.gating import gate_of
 from offramp.policy import Evidence, ExitPolicy
 
 FORMAT = 1
@@ -31,7 +34,7 @@ class Trace:
     depths: K ascending depths in blocks, the attached exits and the full depth; costs: [K] cumulative cost of leaving
     at each, by default in blocks; stats: [N, K] floats by name (top1, margin, entropy in nats, cosine with the
     previous column, undefined in the first; of trained gates of heads their probability `gate`, 0 where the answer is
-    no candidate, undefined in the last; of the gate that all exits share its probability `agrees`, 1 in the last);
+    no candidate, undefined in the last; of the gate beside the exits its probability, 1 in the last);
     label: [N, K] argmax; classes: of the prediction; targets: [N] true labels, -100 for none; position: [N]; losses:
     [N, K] task loss; logits: [N, K, classes]; model_hash: of model and heads. Tensors are kept on the CPU. Raises
     `BadArgument` when shapes disagree.
@@ -221,8 +224,9 @@ def exit_columns(trace: Trace, policy: ExitPolicy) -> Tensor:
         fix = "offramp.record(model, data, logits=True)" if "prediction" in missing else "offramp.record(model, data)"
         if "gate" in missing:
             fix += ", with head='speculative' and gates trained by offramp.fit(model, data, loss='speculative_gate')"
-        if "agrees" in missing:
-            fix += ", with attach(..., gate='linear') and the gate trained by offramp.fit(model, data, loss='gate')"
+        for name in filter(None, map(gate_of, sorted(missing))):
+            loss = lookup(ExitGate, name).loss
+            fix += f", with attach(..., gate={name!r}) and the gate trained by offramp.fit(model, data, loss={loss!r})"
         raise BadArgument(
             f"the trace does not hold {', '.join(sorted(missing))} (it has: {', '.join(sorted(held))}), which "
             f"{type(policy).__name__} looks at; record it again: {fix}"
