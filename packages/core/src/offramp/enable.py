@@ -23,6 +23,7 @@ from offramp.errors import BadArgument, NotAttached, check_options
 from offramp.gate import ExitGate
 from offramp.gating import gate_of, need_gate
 from offramp.head import gated
+from offramp.kernels.confidence import PREDICTION
 from offramp.options import OPTIONS, Options
 from offramp.policy import ExitPolicy, SchedulePolicy
 from offramp.schedule import check_schedule
@@ -150,6 +151,15 @@ def make_policy(
     made = build_policy(policy, **config)
     made.check(tuple(depths))
     return made
+
+
+def check_outputs(policy: ExitPolicy, outputs: int) -> None:
+    """Raise `BadArgument` for a policy that reads probabilities or classes where heads predict a single number."""
+    if outputs == 1 and (looks := sorted(policy.statistics() & PREDICTION)):
+        raise BadArgument(
+            f"{type(policy).__name__} looks at {', '.join(looks)}, and heads with one output have no classes; use "
+            f'offramp.policy("patience", patience=2, tolerance=0.1) or offramp.policy("agreement", threshold=0.1)'
+        )
 
 
 def build_policy(policy: str | ExitPolicy | Calibration | Mapping[str, Any], **config: Any) -> ExitPolicy:

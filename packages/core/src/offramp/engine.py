@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.blocks import Call, state_of, with_state
-from offramp.enable import Run
+from offramp.enable import Run, check_outputs
 from offramp.kernels.confidence import PREDICTION, confidence, cosine
 from offramp.policy import Evidence, ExitPolicy, State
 
@@ -92,6 +92,8 @@ class SinglePass:
     def install(self) -> Undo:
         """Hook blocks, the model's forward and its output module; returns the exact undo."""
         model = self.run.model
+        if self.output is not None:
+            check_outputs(self.run.policy, self.run.backbone.context().classes)
         self.removes: list[Undo] = [self.chain.install(self.block)]
         handles = [
             model.register_forward_pre_hook(self.begin),

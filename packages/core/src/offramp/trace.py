@@ -15,7 +15,7 @@ from torch import Tensor
 
 from offramp._registry import lookup
 from offramp.calibration import Calibration
-from offramp.enable import make_policy
+from offramp.enable import check_outputs, make_policy
 from offramp.errors import BadArgument, DamagedFile
 from offramp.gate import ExitGate
 from offramp.gating import gate_of
@@ -115,7 +115,8 @@ class Trace:
         logits = None if self.logits is None else self.logits[rows, column]
         position = None if self.position is None else self.position[rows]
         depth = self.depths[column]
-        return Evidence(column, depth, column == 0, last, None, logits, self.classes, position, stats)
+        before = None if self.logits is None or not column else self.logits[rows, column - 1]
+        return Evidence(column, depth, column == 0, last, None, logits, self.classes, position, stats, before=before)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically."""
@@ -231,6 +232,7 @@ def exit_columns(trace: Trace, policy: ExitPolicy) -> Tensor:
             f"the trace does not hold {', '.join(sorted(missing))} (it has: {', '.join(sorted(held))}), which "
             f"{type(policy).__name__} looks at; record it again: {fix}"
         )
+    check_outputs(policy, trace.classes)
     n, last = trace.label.shape[0], trace.label.shape[1] - 1
     columns = torch.full((n,), last)
     rows, state = torch.arange(n), policy.start(n, "cpu")
