@@ -29,6 +29,7 @@ class GateLoss(Loss):
     """
 
     gate: ClassVar[bool] = True
+    frozen: ClassVar[bool] = True
     shared: ClassVar[bool] = True
     weighting: str = "uniform"
 
