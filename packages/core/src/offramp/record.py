@@ -16,6 +16,7 @@ from offramp.errors import BadArgument
 from offramp.head import ask_in_turn
 from offramp.kernels.confidence import confidence, cosine
 from offramp.kernels.subset_logits import among
+from offramp.loss import row_losses
 from offramp.trace import Trace
 
 STATISTICS = frozenset({"top1", "margin", "entropy", "energy", "label"})
@@ -121,11 +122,9 @@ def _one(exits: Exits, batch: Any, per_row: int | None, generator: torch.Generat
         one["position"] = cut(seen.position).cpu()
     if seen.targets is not None:
         targets = cut(seen.targets)
-        one["targets"] = targets.cpu()
-        losses = [
-            torch.nn.functional.cross_entropy(a.float(), targets, reduction="none", ignore_index=-100) for a in answers
-        ]
-        one["losses"] = torch.stack(losses, 1).cpu()
+        one["losses"] = torch.stack([row_losses(a, targets) for a in answers], 1).cpu()
+        if not targets.is_floating_point():  # of numbers only the losses say how right an exit is
+            one["targets"] = targets.cpu()
     if logits:
         one["logits"] = torch.stack(answers, 1).float().cpu()
     one["classes"] = torch.tensor([answers[0].shape[-1]])
