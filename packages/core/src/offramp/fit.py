@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -195,12 +195,26 @@ def objective_of(
     exits: Exits, loss: Loss, seen: Observed, step: int = 0, steps: int = 1, scale: float = 1.0
 ) -> Tensor:
     """Return what step `step` of `steps` minimises on one batch; scale: of the exits' weights."""
-    active = loss.active(step, steps, len(exits))
     with torch.set_grad_enabled(torch.is_grad_enabled() and seen.final.requires_grad):
         final = exits.backbone.context().readout(seen.final)
     hidden = exits.inputs(seen)
     if loss.equilibrium:  # the other half of it is on the states' way down, in `Live`
         hidden = [share_gradient(h, 1 / (len(hidden) - i)) for i, h in enumerate(hidden)]
+    return value_of(exits, loss, hidden, final, seen, step, steps, scale)
+
+
+def value_of(
+    exits: Exits,
+    loss: Loss,
+    hidden: Sequence[Tensor],
+    final: Tensor,
+    seen: Observed,
+    step: int = 0,
+    steps: int = 1,
+    scale: float = 1.0,
+) -> Tensor:
+    """Return the loss of one batch. hidden: what each exit reads [rows, width]; final: the full model's prediction."""
+    active = loss.active(step, steps, len(exits))
     answers, targets = loss.read(exits, hidden, final, seen.targets, active)
     odds = exits.odds(hidden, answers) if loss.beside else None
     depths = (*(exits.at[i] for i in active), exits.backbone.depth)
