@@ -19,7 +19,8 @@ class ExitGate(nn.Module):
     """Says at every exit how likely it is that a row may stop there; a policy reads it as one more statistic.
 
     Subclass in a file of the gate's own name under `gates/` and decorate with `@register("name")`. One module serves
-    all exits of a model and lives at `model.exits.gate`; no gradient of it reaches heads or backbone.
+    all exits of a model and lives at `model.exits.gate`; no gradient of it reaches heads or backbone. Only a gate that
+    must spare its head from running, and so asks parts of it, is a part of the head instead (`speculative`).
     """
 
     #: the name under which evidence and traces hold what it says
@@ -33,7 +34,7 @@ class ExitGate(nn.Module):
 
     @classmethod
     @abstractmethod
-    def build(cls, width: int, exits: int, **config: Any) -> ExitGate:
+    def build(cls, width: int, exits: int, *args: Any, **config: Any) -> ExitGate:
         """Build a fresh gate for `exits` exits whose states are `width` wide; raises `BadArgument`."""
 
     @abstractmethod

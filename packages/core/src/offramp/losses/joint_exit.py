@@ -80,7 +80,7 @@ class JointExit(Loss):
         """Return the loss of this step's phase; raises `BadArgument` where the moment has no log-odds or depths."""
         moment = moment or Moment()
         if moment.odds is None or not moment.depths:
-            raise BadArgument(f'loss "joint_exit" needs the log-odds of gate "{self.beside}"; train through offramp.fit')
+            raise BadArgument('loss "joint_exit" needs depths and the log-odds of gate "jei"; train with offramp.fit')
         keep = labelled(targets, "joint_exit")
         phase = self.phase(moment.step, moment.steps)
         if phase == "warmup":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -22,7 +22,7 @@ DIRECTIONS = ("from_prior", "to_prior")
 @register("ponder")
 @dataclass(frozen=True)
 class Ponder(Loss):
-    """Each row's loss at every exit and at the full model, weighed by how likely the row is to stop there, plus a prior.
+    """Each row's loss at every exit and at the full model, weighed by how likely the row stops there, plus a prior.
 
     With lambda from the gate beside the exits, exit i weighs p_i = lambda_i prod(1 - lambda before) and the full model
     the rest; `beta` weighs the divergence of p and the prior in nats. prior: "geometric", chance `stop` at each exit
@@ -35,7 +35,7 @@ class Ponder(Loss):
 
     beside: ClassVar[str] = "lambda"
     last: ClassVar[bool] = True
-    weighting: ClassVar[str] = "uniform"
+    weighting: str = field(default="uniform", init=False)
     beta: float = 0.5
     stop: float = 0.1
     prior: str = "geometric"

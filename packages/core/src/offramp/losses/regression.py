@@ -19,7 +19,7 @@ DISTANCES = ("squared", "huber")
 @register("regression")
 @dataclass(frozen=True)
 class Regression(Loss):
-    """Mean over rows and outputs of each head's distance from the full model's own prediction, no gradient to the model.
+    """Mean over rows and outputs of each head's distance from the full model's prediction; no gradient to the model.
 
     distance: "squared", or "huber" with `delta`, from which on it grows linearly (robot actions). For true labels that
     are numbers use loss "labels". weighting: uniform, linear, inverse or sum. Raises `BadArgument`. Papers: PABEE

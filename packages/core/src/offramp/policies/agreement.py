@@ -23,7 +23,7 @@ HIGHEST = 65504.0
 @register("agreement")
 @dataclass(frozen=True)
 class Agreement(ThresholdPolicy):
-    """Stop a row when its prediction is at most `threshold` away from that of the exit before; scalars, vectors, actions.
+    """Stop a row when its prediction, a number or a vector, is at most `threshold` away from that of the exit before.
 
     threshold: distance above 0, one number or one per exit; lower is safer, higher is faster; never fires at the first
     exit, which has nothing before it. distance: "rms" (root of the mean square of the differences), "mean", "max", or
@@ -64,9 +64,7 @@ class Agreement(ThresholdPolicy):
 
     def step(self, state: State, seen: Evidence) -> tuple[Tensor, State]:
         """Compare with the prediction of the exit that was asked before, which the state keeps."""
-        stop = self.stops(
-            dataclasses.replace(seen, before=state.get("before")), at_exit(self.threshold, seen.index)
-        )
+        stop = self.stops(dataclasses.replace(seen, before=state.get("before")), at_exit(self.threshold, seen.index))
         return stop, {"before": seen.prediction}  # type: ignore[dict-item]  # `score` has refused None
 
     def chosen(self, prediction: Tensor) -> Tensor:

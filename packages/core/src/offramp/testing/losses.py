@@ -63,7 +63,7 @@ def _check_both(
     moved = set()
     for step in range(steps):
         value = loss(predictions, final, targets, moment=dataclasses.replace(moment, step=step, steps=steps))
-        found = torch.autograd.grad(value, [*predictions, moment.odds], allow_unused=True)  # type: ignore[list-item]
+        found = torch.autograd.grad(value, [*predictions, moment.odds], allow_unused=True)  # type: ignore[arg-type]
         moved |= {i for i, g in enumerate(found) if g is not None and bool((g != 0).any())}
     require(len(predictions) in moved, loss, f"no step of {steps} moves the gate {loss.beside!r}")
     require(len(moved) == len(predictions) + 1, loss, f"of exits and gate only {sorted(moved)} are ever moved")
