@@ -47,6 +47,8 @@ def test_one_output_has_no_agreement_of_classes():
     offramp.attach(model, [2], head="linear")
     report = offramp.fit(model, torch.randn(40, 3, 8), loss="regression", steps=3, progress=False)
     assert all(v != v for v in (*report.before.values(), *report.agreement.values()))
+    trace = offramp.record(model, torch.randn(9, 3, 8))
+    assert offramp.simulate(trace, "fixed", depth=2).agreement != offramp.simulate(trace, "never").agreement  # NaN
     with pytest.raises(BadArgument, match='one output is no distribution.*loss="regression"'):
         offramp.fit(model, torch.randn(40, 3, 8), loss="distill", progress=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral
@@ -170,7 +171,7 @@ class Outcome:
 
     depths: LongTensor [N] blocks run; columns: LongTensor [N] of the trace; labels: LongTensor [N] answers; depth_mean
     in blocks; cost_mean in the trace's unit; saved = 1 - cost_mean / full cost; agreement: share of rows that answer
-    as the full model does; accuracy: share that is right among labelled rows, None without labels.
+    as the full model does, NaN for heads with one output, which have no classes; accuracy: share that is right among labelled rows, None without labels.
     """
 
     depths: Tensor
@@ -213,7 +214,7 @@ def simulate(trace: Trace, policy: str | ExitPolicy | Calibration | Mapping[str,
         depth_mean=float(depths.double().mean()),
         cost_mean=cost,
         saved=1.0 - cost / float(costs[-1]),
-        agreement=float((labels == trace.label[:, -1]).double().mean()),
+        agreement=float((labels == trace.label[:, -1]).double().mean()) if trace.classes > 1 else math.nan,
         accuracy=accuracy,
     )
 

@@ -74,15 +74,18 @@ class ExitTraining(nn.Module):
         if rows:
             loss = value_of(exits, self.objective, inputs, final, seen, self.step, self.steps)
         else:  # a process may have no labelled row; its heads still take part in the exchange of gradients
-            loss = torch.stack([p.sum() for p in self._trained()]).sum() * 0.0
+            loss = self._nothing(inputs, final, seen)
         if self.training:
             return {"loss": loss * _share(rows, final.device)}
         answers = [exits[d](h) for d, h in zip(exits.at, inputs, strict=True)]
         return {"loss": loss, **_agreement(answers, final, seen)}
 
-    def _trained(self) -> list[nn.Parameter]:
-        """Return what this loss trains."""
-        return wanted(self._exits, Stage(self.objective, 1, False))
+    def _nothing(self, inputs: Sequence[Tensor], final: Tensor, seen: Observed) -> Tensor:
+        """Return 0, reached through everything that this loss trains."""
+        exits = self._exits
+        answers, _ = self.objective.read(exits, inputs, final, seen.targets, range(len(exits)))
+        said = [*answers, exits.odds(inputs, answers)] if self.objective.beside else answers
+        return torch.stack([a.sum() for a in said]).sum() * 0.0
 
 
 def _share(rows: int, device: torch.device) -> Tensor | float:
