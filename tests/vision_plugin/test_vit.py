@@ -144,6 +144,8 @@ def test_a_batch_decides_as_its_rows_alone_do(policy, model, x):
     exits = offramp.attach(model, AT, head="speculative", gate=gate)
     for depth in exits:
         torch.nn.init.normal_(exits[depth].exit_gate[-1].weight)
+    if gate is not None:
+        torch.nn.init.normal_(exits.gate_module.get_parameter(type(exits.gate_module).zero), std=0.01)
     run = offramp.enable(model, policy)
     if policy.config()["policy"] == "decaying":
         with pytest.raises(BadArgument, match="needs the position"):

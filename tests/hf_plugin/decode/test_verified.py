@@ -52,6 +52,8 @@ def test_any_policy(model, one, three, name):
     exits = offramp.attach(model, at=[1, 2, 4], head="speculative", gate=gate)
     for depth in exits:
         torch.nn.init.normal_(exits[depth].exit_gate[-1].weight, std=0.01)
+    if gate is not None:
+        torch.nn.init.normal_(exits.gate_module.get_parameter(type(exits.gate_module).zero), std=0.01)
     with offramp.enable(model, policy, verify=True, draft=4) as run:
         assert torch.equal(greedy(model, one), wanted)
         assert torch.equal(greedy(model, three), wanted3)

@@ -95,7 +95,7 @@ class Run:
         self.model, self.backbone = exits.model, exits.backbone
         for statistic in policy.statistics():
             if (name := gate_of(statistic)) is not None:
-                need_gate(exits, name)
+                need_gate(exits, name, trained=True)
         #: the gate beside the exits, which policies ask for by the name of its statistic
         self.gate: ExitGate | None = None if exits.gate is None else exits.gate_module
         #: whether evidence of an exit takes the state at the exit before

@@ -31,6 +31,13 @@ class ExitGate(nn.Module):
     needs: ClassVar[frozenset[str]] = frozenset()
     #: whether it reads the state at the exit before too
     looks_back: ClassVar[bool] = False
+    #: the parameter that is zero until the gate has been trained, so that an untrained one is recognised, and refused
+    zero: ClassVar[str] = "weight"
+
+    @property
+    def trained(self) -> bool:
+        """Whether the gate has been trained (or loaded)."""
+        return bool(self.get_parameter(type(self).zero).any())
 
     @classmethod
     @abstractmethod

@@ -43,13 +43,19 @@ def gate_of(statistic: str) -> str | None:
     return next((name for name in names(ExitGate) if lookup(ExitGate, name).statistic == statistic), None)
 
 
-def need_gate(exits: Exits, name: str) -> None:
-    """Raise `NotAttached` with the line to write unless the gate beside these exits is the one called `name`."""
+def need_gate(exits: Exits, name: str, trained: bool = False) -> None:
+    """Raise `NotAttached` with the line to write unless the gate beside these exits is the one called `name`; with
+    `trained`, also `BadArgument` unless it has been trained."""
     if exits.gate != name:
         have = "no gate" if exits.gate is None else f"gate {exits.gate!r}"
         raise NotAttached(
             f"these exits have {have}; attach one: offramp.attach(model, at={list(exits.at)}, head={exits.head!r}, "
             f'gate="{name}"), and train it: offramp.fit(model, data, loss="{lookup(ExitGate, name).loss}")'
+        )
+    if trained and not exits.gate_module.trained:
+        raise BadArgument(
+            f"gate {name!r} is untrained, so it says the same of every row; train it: "
+            f'offramp.fit(model, data, loss="{lookup(ExitGate, name).loss}")'
         )
 
 

@@ -115,7 +115,7 @@ def _one(exits: Exits, batch: Any, per_row: int | None, generator: torch.Generat
     near = [torch.full((len(final),), float("nan"), device=final.device)]
     near += [cosine(b, a) for a, b in zip(chain[:-1], chain[1:], strict=True)]
     one["cosine"] = torch.stack(near, 1).cpu()
-    if exits.gate is not None:  # the full model agrees with itself, and always stops
+    if exits.gate is not None and exits.gate_module.trained:  # the full model agrees with itself, and always stops
         said = exits.odds(states, answers[:-1]).sigmoid()
         one[exits.gate_module.statistic] = torch.cat([said, torch.ones_like(said[:, :1])], 1).cpu()
     if seen.position is not None:

@@ -27,6 +27,7 @@ class Lambda(ExitGate):
     statistic: ClassVar[str] = "lambda"
     loss: ClassVar[str] = "ponder"
     looks_back: ClassVar[bool] = True
+    zero: ClassVar[str] = "out.weight"
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()

@@ -32,10 +32,12 @@ def check_gate(name: str, width: int = 6, exits: int = 3, rows: int = 8, **confi
     require(cls.loss in names(Loss), cls, f"loss {cls.loss!r} is not one of {names(Loss)}")
     require(cls.needs <= PREDICTION, cls, f"needs {set(cls.needs - PREDICTION)}, which no prediction gives")
     gate = build_gate({"gate": name, **config}, width, exits)[0]
+    require(not gate.trained, gate, f"{cls.zero!r} must be zero until it is trained")
     make = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for value in gate.parameters():
             value.add_(torch.randn(value.shape, generator=make))
+    require(gate.trained, gate, "must know that it has been trained")
     hidden = torch.randn(exits, rows, width, generator=make, requires_grad=True)
     _check_rows(gate, hidden.detach())
     _check_gradients(gate, hidden)
