@@ -171,7 +171,8 @@ class Outcome:
 
     depths: LongTensor [N] blocks run; columns: LongTensor [N] of the trace; labels: LongTensor [N] answers; depth_mean
     in blocks; cost_mean in the trace's unit; saved = 1 - cost_mean / full cost; agreement: share of rows that answer
-    as the full model does, NaN for heads with one output, which have no classes; accuracy: share that is right among labelled rows, None without labels.
+    as the full model does, NaN for heads with one output, which have no classes; accuracy: share that is right among
+    labelled rows, None without labels.
     """
 
     depths: Tensor
