@@ -28,7 +28,7 @@ DEPTHS = (2, 4, 6, 8)
 @pytest.mark.parametrize("depths", [(3,), DEPTHS])
 def test_contract(name, depths):
     made = lookup(ExitPolicy, name)
-    if name == "patience" and len(depths) == 1:
+    if name in ("agreement", "patience") and len(depths) == 1:
         with pytest.raises(offramp.OfframpError, match="could never fire"):
             check_policy(made.example(depths, 7), depths)
     else:
@@ -43,6 +43,12 @@ def test_contract(name, depths):
         ("entropy", {"threshold": 0.5, "normalised": True}),
         ("saturation", {"threshold": -0.2}),
         ("patience", {"patience": 3}),
+        ("patience", {"patience": 2, "tolerance": 3.0}),
+        ("agreement", {"threshold": [0.5, 2.0, 3.0, 4.0], "distance": "max", "outputs": (0, 3)}),
+        ("agreement", {"threshold": 0.2, "distance": "cosine"}),
+        ("jei", {"threshold": 0.7, "recursion": "single"}),
+        ("quantile_halting", {"rule": "sample", "seed": 3}),
+        ("energy", {"threshold": [-2.0, -3.0, -4.0, -5.0]}),
         ("decaying", {"inner": "saturation", "threshold": [0.1, 0.2, 0.3, 0.4], "length": 4, "tau": 0.0}),
         ("tempered", {"inner": {"policy": "margin", "threshold": 0.3}, "temperature": [2.0, 1.5, 1.0, 0.5]}),
         ("at_least", {"inner": {"policy": "patience", "patience": 1}, "depth": 6}),

@@ -41,7 +41,7 @@ def test_list_names_everything(call, tmp_path):
     done = call("list", "--json", tmp_path / "list.json")
     body = json.loads((tmp_path / "list.json").read_text())
     assert done.exit_code == 0 and body["names"]["ExitPolicy"] == offramp.names(offramp.ExitPolicy)
-    assert set(body["names"]) == {"ExitPolicy", "ExitHead", "Calibrator", "Loss", "DraftRule"}
+    assert set(body["names"]) == {"ExitPolicy", "ExitHead", "ExitGate", "Calibrator", "Loss", "DraftRule"}
     assert "confidence" in done.output and "toy" in body["plugins"] and "toy" in done.output
 
 

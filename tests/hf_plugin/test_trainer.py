@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 import offramp
+from offramp._registry import create
 from offramp.errors import BadArgument, DamagedFile, NotAttached
 from offramp_hf.heads.lora import ADAPTER
 from offramp_hf.trainer import ExitTraining, gathered, train
@@ -91,6 +92,47 @@ def test_the_gate_of_all_exits_is_trained_alone(tmp_path):
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {"exits.gate.weight", "exits.gate.bias"} and report.before == report.agreement
     assert len(report.losses) and not exits[1].trained
+
+
+def labelled(n=24):
+    """Sequences whose labels are their own next tokens."""
+    return [{**row, "labels": torch.where(row["attention_mask"] > 0, row["input_ids"], -100)} for row in rows(n)]
+
+
+@pytest.mark.parametrize(("loss", "gate"), [("ponder", "lambda"), ("joint_exit", "jei")])
+def test_heads_and_the_gate_beside_them_are_trained_together(tmp_path, loss, gate):
+    model, exits = attached("linear", gate=gate)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    report = train(model, labelled(), arguments(tmp_path, 4, max_steps=12), loss=loss, eval_dataset=labelled(8))
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {n for n, _ in model.named_parameters() if n.startswith("exits.")}
+    assert len(report.losses) == 12 and exits.gate == gate
+
+
+def test_phases_come_in_turn(tmp_path):
+    """The gate's weights stand still in the warm-up and while heads are trained, as the Trainer's steps say."""
+    model, exits = attached("linear", gate="jei")
+    seen, loss = [], create(offramp.Loss, "joint_exit")
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **more):
+            seen.append((exits.gate_module.weight.clone(), exits[1].proj.weight.clone()))
+
+    options = arguments(tmp_path, 4, max_steps=10)
+    train(model, labelled(), options, loss=loss, trainer={"callbacks": [Watch()]})
+    phases = [loss.phase(step, 10) for step in range(10)]
+    assert phases[1:] == [*["warmup"], *["heads"] * 2, *["gates"] * 2, *["heads"] * 2, *["gates"] * 2]
+    for step in range(1, 10):
+        gate, head = (not torch.equal(a, b) for a, b in zip(seen[step - 1], seen[step], strict=True))
+        assert (gate, head) == ((True, False) if phases[step] == "gates" else (False, True)), step
+
+
+def test_a_loss_that_needs_another_gate_is_refused(tmp_path):
+    model, _ = attached("linear", gate="linear")
+    with pytest.raises(NotAttached, match='gate="lambda"'):
+        train(model, labelled(), arguments(tmp_path, 4), loss="ponder")
+    with pytest.raises(BadArgument, match="trains the model itself"):
+        train(model, labelled(), arguments(tmp_path, 4), loss="equilibrium")
 
 
 def test_a_loss_that_trains_the_model_is_refused(tmp_path):

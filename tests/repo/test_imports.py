@@ -12,8 +12,8 @@ PLUGINS = ("offramp_hf", "offramp_diffusers", "offramp_vision")
 FRAMEWORKS = {"transformers", "diffusers", "timm", "peft", "torchvision", "accelerate"}
 CORE_MAY_USE = {"torch", "numpy", "scipy", "pluggy", "safetensors", "typer", "rich", "triton"}
 
-CONTRACTS = {f"offramp.{name}" for name in ("policy", "head", "calibrator", "backbone", "loss", "errors")}
-FOLDERS = tuple(f"offramp.{name}" for name in ("policies", "heads", "calibrators", "losses"))
+CONTRACTS = {f"offramp.{name}" for name in ("policy", "head", "gate", "calibrator", "backbone", "loss", "errors")}
+FOLDERS = tuple(f"offramp.{name}" for name in ("policies", "heads", "gates", "calibrators", "losses"))
 MACHINES = {"offramp.engine", "offramp.attach", "offramp.fit"}
 
 

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 KINDS = {
     "policies": offramp.ExitPolicy,
     "heads": offramp.ExitHead,
+    "gates": offramp.ExitGate,
     "calibrators": offramp.Calibrator,
     "losses": offramp.Loss,
     "drafting": offramp.DraftRule,

@@ -12,6 +12,7 @@ import offramp
 from offramp._plugins import adapt
 from offramp._registry import lookup
 from offramp.errors import BadArgument
+from offramp.gating import gate_of
 from offramp.policy import ExitPolicy, SchedulePolicy, ThresholdPolicy
 from offramp.testing.backbones import check_backbone
 from offramp.testing.heads import check_head
@@ -130,7 +131,7 @@ def examples():
         policy = lookup(offramp.ExitPolicy, name).example(AT, 10)
         if isinstance(policy, SchedulePolicy):  # for models that generate
             continue
-        if isinstance(policy, ThresholdPolicy) and name != "saturation":
+        if isinstance(policy, ThresholdPolicy) and name not in ("saturation", "energy", "agreement"):
             policy = type(policy)(threshold=2.0 if name == "entropy" else 0.3)
         yield pytest.param(policy, id=name)
 
@@ -138,10 +139,13 @@ def examples():
 @pytest.mark.parametrize("policy", examples())
 @torch.no_grad()
 def test_a_batch_decides_as_its_rows_alone_do(policy, model, x):
-    # a readout like any, with a gate beside it, and a gate for all exits
-    exits = offramp.attach(model, AT, head="speculative", gate="linear")
+    # a readout like any, with a gate inside it, and the gate beside the exits that the policy reads
+    gate = next(filter(None, map(gate_of, policy.statistics())), None)
+    exits = offramp.attach(model, AT, head="speculative", gate=gate)
     for depth in exits:
         torch.nn.init.normal_(exits[depth].exit_gate[-1].weight)
+    if gate is not None:
+        torch.nn.init.normal_(exits.gate_module.get_parameter(type(exits.gate_module).zero), std=0.01)
     run = offramp.enable(model, policy)
     if policy.config()["policy"] == "decaying":
         with pytest.raises(BadArgument, match="needs the position"):

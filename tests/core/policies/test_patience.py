@@ -55,3 +55,31 @@ def test_ladder_is_every_patience_that_can_fire():
     assert [p.patience for p in offramp.policy("patience", patience=1).ladder((2, 4, 6, 8), 7)] == [3, 2, 1]
     with pytest.raises(offramp.OfframpError, match="there are 1"):
         offramp.policy("patience", patience=1).ladder((2,), 7)
+
+
+def numbers(values, **options):
+    """The first exit at which each row of values [rows, exits, outputs] stops, -1 for none."""
+    policy, values = offramp.policy("patience", **options), torch.tensor(values)
+    state, out = policy.start(len(values), "cpu"), torch.full((len(values),), -1)
+    for i, said in enumerate(values.unbind(1)):
+        stop, state = policy.step(state, Evidence(i, i + 1, i == 0, False, prediction=said))
+        out = torch.where(stop & (out < 0), i, out)
+    return out.tolist()
+
+
+def test_numbers_agree_within_the_tolerance():
+    rows = [[[1.0], [1.05], [1.1], [2.0]], [[1.0], [1.2], [1.25], [1.3]], [[0.0], [1.0], [2.0], [3.0]]]
+    assert numbers(rows, patience=1, tolerance=0.1) == [1, 2, -1]
+    assert numbers(rows, patience=2, tolerance=0.1) == [2, 3, -1]
+    assert numbers([[[1.0], [1.5]]], patience=1, tolerance=0.5) == [-1]  # strictly less
+
+
+def test_every_output_must_agree_and_nan_never_does():
+    assert numbers([[[1.0, 1.0], [1.0, 2.0], [1.0, 2.0]]], patience=1, tolerance=0.1) == [2]
+    assert numbers([[[1.0], [float("nan")], [1.0], [1.0]]], patience=1, tolerance=0.1) == [3]
+
+
+@pytest.mark.parametrize("tolerance", [0, -0.1, float("nan"), float("inf"), "small", True])
+def test_a_tolerance_that_says_nothing(tolerance):
+    with pytest.raises(offramp.OfframpError, match="tolerance must be a change above 0"):
+        offramp.policy("patience", patience=1, tolerance=tolerance)

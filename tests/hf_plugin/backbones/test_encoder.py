@@ -370,6 +370,39 @@ def test_regression():
     assert "_offramp_run" not in model.__dict__
 
 
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("patience", {"patience": 1, "tolerance": 0.05}),
+        ("agreement", {"threshold": 0.05}),
+        ("learned_to_exit", {}),
+    ],
+)
+def test_a_regression_learns_exits_and_leaves_early(outputs, name, options):
+    torch.manual_seed(0)
+    config = hf.BertConfig(**{**SIZES, "num_labels": outputs, "problem_type": "regression"})
+    model = hf.BertForSequenceClassification(config).eval()
+    ids = torch.randint(1, SIZES["vocab_size"], (64, 8))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    labels = torch.stack([ids[:, 0], ids[:, 1]], 1).float()[:, :outputs] / 20
+    data = {**batch, "labels": labels[:, 0] if outputs == 1 else labels}
+    depths = range(1, SIZES["num_hidden_layers"])
+    offramp.attach(model, at=list(depths), head="linear", gate="learned_to_exit")
+    report = offramp.fit(model, data, loss="labels", steps=60, lr=1e-2, progress=False)
+    assert report.losses[-1] < 0.7 * report.losses[0]
+    offramp.fit(model, data, loss="learned_to_exit", steps=60, lr=5e-2, progress=False)
+    trace = offramp.record(model, data, logits=True)
+    assert trace.targets is None and trace.losses is not None
+    middle = trace.stats["learned_to_exit"][:, :-1].median().item()  # half of all certainties are above
+    policy = offramp.policy(name, **options or {"threshold": middle})
+    outcome = offramp.simulate(trace, policy)
+    with offramp.enable(model, policy) as run, torch.no_grad():
+        out = model(**batch).logits
+    assert torch.equal(outcome.depths, run.stats.last_depths) and len(outcome.depths.unique()) > 1
+    close(out, trace.logits[torch.arange(64), outcome.columns])
+
+
 @pytest.mark.parametrize("options", [{"verify": True}, {"draft": 4}, {"kv": "propagate"}])
 def test_options_of_generation_are_refused(options):
     model = FAMILIES["bert"]().eval()

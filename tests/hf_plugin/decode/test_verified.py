@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import offramp
+from offramp.gating import gate_of
 from offramp.policy import ExitPolicy
 
 NEW = 24
@@ -45,11 +46,14 @@ def test_any_threshold(model, one, three, draft):
 @pytest.mark.parametrize("name", [n for n in offramp.names(ExitPolicy) if n != "position_schedule"])  # asks no exit
 def test_any_policy(model, one, three, name):
     wanted, wanted3 = greedy(model, one), greedy(model, three)
-    # a readout like any, with a gate beside it, and a gate for all exits
-    exits = offramp.attach(model, at=[1, 2, 4], head="speculative", gate="linear")
+    policy = offramp.policy(name, **example(name))
+    # a readout like any, with a gate inside it, and the gate beside the exits that the policy reads
+    gate = next(filter(None, map(gate_of, policy.statistics())), None)
+    exits = offramp.attach(model, at=[1, 2, 4], head="speculative", gate=gate)
     for depth in exits:
         torch.nn.init.normal_(exits[depth].exit_gate[-1].weight, std=0.01)
-    policy = offramp.policy(name, **example(name))
+    if gate is not None:
+        torch.nn.init.normal_(exits.gate_module.get_parameter(type(exits.gate_module).zero), std=0.01)
     with offramp.enable(model, policy, verify=True, draft=4) as run:
         assert torch.equal(greedy(model, one), wanted)
         assert torch.equal(greedy(model, three), wanted3)
@@ -66,7 +70,8 @@ def example(name):
         more = {"at_least": {"depth": 2}, "decaying": {"length": NEW}, "tempered": {"temperature": 1.5}}[name]
         return {wraps[name]: inner, **more}
     own = {"fixed": {"depth": 2}, "patience": {"patience": 1}, "never": {}, "saturation": {"threshold": 0.5}}
-    return own.get(name, {"threshold": {"entropy": 4.0}.get(name, 0.05)})
+    high = {"entropy": 4.0, "energy": 0.0, "agreement": 10.0}
+    return own.get(name, {"threshold": high.get(name, 0.05)})
 
 
 def test_ragged_rows_keep_their_own_number(model, three):

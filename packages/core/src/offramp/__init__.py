@@ -24,6 +24,7 @@ from offramp.enable import enable as enable
 from offramp.errors import OfframpError as OfframpError
 from offramp.fit import FitReport as FitReport
 from offramp.fit import fit as fit
+from offramp.gate import ExitGate as ExitGate
 from offramp.head import ExitHead as ExitHead
 from offramp.head import HeadContext as HeadContext
 from offramp.loss import Loss as Loss

@@ -8,7 +8,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from offramp import calibrator, draft, head, loss, policy
+from offramp import calibrator, draft, gate, head, loss, policy
 from offramp.errors import BadArgument, OfframpError, UnknownName, check_options, did_you_mean
 
 T = TypeVar("T")
@@ -19,6 +19,7 @@ _folders: dict[type, list[str]] = {
     head.ExitHead: ["offramp.heads"],
     calibrator.Calibrator: ["offramp.calibrators"],
     loss.Loss: ["offramp.losses"],
+    gate.ExitGate: ["offramp.gates"],
     draft.DraftRule: [],  # drafting is decoding: the rules come with the plugin that decodes
 }
 _classes: dict[tuple[type, str], type] = {}

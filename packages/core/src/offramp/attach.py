@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,7 +16,8 @@ from offramp._plugins import adapt, plugins
 from offramp._registry import lookup
 from offramp.backbone import Backbone, Observed
 from offramp.errors import BadArgument, DamagedFile, NotAttached, check_options
-from offramp.gate import LinearGate, build_gate
+from offramp.gate import ExitGate
+from offramp.gating import ask, build_gate, need_gate
 from offramp.head import ExitHead
 
 #: where the heads live on the model, so that `.to()`, optimisers and PEFT see them, and where the record of them lives
@@ -36,10 +37,11 @@ class Exits:
         head: str,
         config: dict[str, Any],
         gate: str | None = None,
+        gate_config: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.backbone, self.head, self.config = model, backbone, head, dict(config)
-        #: name of the gate that all exits share, or None
-        self.gate = gate
+        #: name of the gate beside the exits, or None, and its options
+        self.gate, self.gate_config = gate, dict(gate_config or {})
         #: depths of the exits, shallow first
         self.at: tuple[int, ...] = tuple(at)
         self._undo: Callable[[], None] | None = None
@@ -53,14 +55,15 @@ class Exits:
         return found  # type: ignore[no-any-return]
 
     @property
-    def gate_module(self) -> LinearGate:
-        """The gate that all exits share; raises `NotAttached` with the line to write when there is none."""
+    def gate_module(self) -> ExitGate:
+        """The gate beside the exits; raises `NotAttached` with the line to write when there is none."""
         if self.gate is None:
-            raise NotAttached(
-                f"these exits have no gate; attach one: offramp.attach(model, at={list(self.at)}, head={self.head!r}, "
-                f'gate="linear"), and train it: offramp.fit(model, data, loss="gate")'
-            )
+            need_gate(self, "linear")
         return self.modules[GATE]  # type: ignore[return-value]
+
+    def odds(self, hidden: Sequence[Tensor], predictions: Sequence[Tensor] | None = None) -> Tensor:
+        """Return the gate's log-odds [rows, exits]; see `offramp.gating.ask`."""
+        return ask(self, hidden, predictions)
 
     def __getitem__(self, depth: int) -> ExitHead:
         """Return the head at `depth`; raises `BadArgument` naming the depths that have one."""
@@ -157,14 +160,14 @@ def attach(
     at: int | float | Sequence[int | float],
     head: str = "tied",
     *,
-    gate: str | None = None,
+    gate: str | Mapping[str, Any] | None = None,
     **config: Any,
 ) -> Exits:
     """Attach one head per tap; the base weights are untouched and nothing is enabled.
 
     at: depths (1 .. depth-1) or fractions of the depth. head: a name of `offramp.names(offramp.ExitHead)`; config:
-    its options. gate: "linear" for a gate that all exits share (policy "gate", trained by `fit` with loss="gate").
-    Heads and gate live at `model.exits`. Raises `UnsupportedModel`, `BadArgument`, `UnknownName`, `NotAttached`
+    its options. gate: a name of `offramp.names(offramp.ExitGate)`, or {"gate": name, option: value}, for a gate beside
+    them. Heads and gate live at `model.exits`. Raises `UnsupportedModel`, `BadArgument`, `UnknownName`, `NotAttached`
     (already attached) and leaves the model unchanged then.
     """
     if RECORD in model.__dict__:
@@ -191,11 +194,11 @@ def attach(
             f"gate={gate!r} judges a state by itself, and head {head!r} answers from earlier ones too; leave gate out"
         )
     context, taps = backbone.context(), backbone.taps()
-    opener = None if gate is None else build_gate(gate, context.width)
+    opener, named, options = (None, None, {}) if gate is None else build_gate(gate, context.width, len(depths))
     heads = nn.ModuleDict({str(k): cls.build(taps[k - 1], context, **config) for k in depths})
     heads.train(model.training)
     _like(heads, model)
-    exits = Exits(model, backbone, depths, head, config, gate)
+    exits = Exits(model, backbone, depths, head, config, named, options)
     model.add_module(MODULE, heads)
     model.__dict__[RECORD] = exits
     try:
@@ -241,7 +244,8 @@ def load(model: nn.Module, source: str | Path) -> Exits:
     body = checkpoint.read_index(folder)
     if RECORD not in model.__dict__:
         checkpoint.check_model(body, adapt(model).fingerprint(), folder)
-    exits = attach(model, body["at"], body["head"], gate=body.get("gate"), **body["config"])
+    gate = None if body.get("gate") is None else {"gate": body["gate"], **body.get("gate_config", {})}
+    exits = attach(model, body["at"], body["head"], gate=gate, **body["config"])
     try:
         checkpoint.restore(exits, folder)
     except BaseException:

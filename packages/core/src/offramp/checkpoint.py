@@ -109,6 +109,7 @@ def save(exits: Exits, directory: str | Path) -> None:
         "head": exits.head,
         "config": exits.config,
         **({} if exits.gate is None else {"gate": exits.gate}),
+        **({"gate_config": exits.gate_config} if exits.gate_config else {}),
         "model": exits.backbone.fingerprint(),
         "sha256": {name: sha256(read_bytes(folder / name)) for name in files},
     }
@@ -124,6 +125,8 @@ def read_index(folder: Path) -> dict[str, Any]:
             raise DamagedFile(f"{folder / INDEX}: {key} is {body[key]!r}, not a {kind.__name__}")
     if not isinstance(body.get("gate"), str | None):
         raise DamagedFile(f"{folder / INDEX}: gate is {body['gate']!r}, not a name")
+    if not isinstance(body.get("gate_config", {}), dict):
+        raise DamagedFile(f"{folder / INDEX}: gate_config is {body['gate_config']!r}, not a dict")
     if WEIGHTS not in body["sha256"]:
         raise DamagedFile(f"{folder / INDEX} does not name {WEIGHTS} with its sha256")
     for name in body["sha256"]:

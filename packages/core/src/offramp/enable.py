@@ -20,7 +20,10 @@ from offramp.calibration import Calibration
 from offramp.calibrator import Certificate
 from offramp.draft import DraftRule
 from offramp.errors import BadArgument, NotAttached, check_options
+from offramp.gate import ExitGate
+from offramp.gating import gate_of, need_gate
 from offramp.head import gated
+from offramp.kernels.confidence import PREDICTION
 from offramp.options import OPTIONS, Options
 from offramp.policy import ExitPolicy, SchedulePolicy
 from offramp.schedule import check_schedule
@@ -90,8 +93,13 @@ class Run:
             gated(exits, trained=True)
         self.exits, self.policy, self.options = exits, policy, options
         self.model, self.backbone = exits.model, exits.backbone
-        if "agrees" in policy.statistics():
-            exits.gate_module  # noqa: B018  raises with the line to write when there is none
+        for statistic in policy.statistics():
+            if (name := gate_of(statistic)) is not None:
+                need_gate(exits, name, trained=True)
+        #: the gate beside the exits, which policies ask for by the name of its statistic
+        self.gate: ExitGate | None = None if exits.gate is None else exits.gate_module
+        #: whether evidence of an exit takes the state at the exit before
+        self.looks_back = "cosine" in policy.statistics() or (self.gate is not None and self.gate.looks_back)
         self.stats = Stats()
         self.paused = False
         #: what a decoding driver remembers between calls (e.g. how often drafts were accepted)
@@ -143,6 +151,15 @@ def make_policy(
     made = build_policy(policy, **config)
     made.check(tuple(depths))
     return made
+
+
+def check_outputs(policy: ExitPolicy, outputs: int) -> None:
+    """Raise `BadArgument` for a policy that reads probabilities or classes where heads predict a single number."""
+    if outputs == 1 and (looks := sorted(policy.statistics() & PREDICTION)):
+        raise BadArgument(
+            f"{type(policy).__name__} looks at {', '.join(looks)}, and heads with one output have no classes; use "
+            f'offramp.policy("patience", patience=2, tolerance=0.1) or offramp.policy("agreement", threshold=0.1)'
+        )
 
 
 def build_policy(policy: str | ExitPolicy | Calibration | Mapping[str, Any], **config: Any) -> ExitPolicy:

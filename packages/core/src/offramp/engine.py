@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.blocks import Call, state_of, with_state
-from offramp.enable import Run
+from offramp.enable import Run, check_outputs
 from offramp.kernels.confidence import PREDICTION, confidence, cosine
 from offramp.policy import Evidence, ExitPolicy, State
 
@@ -36,15 +36,18 @@ def look(
     depths = run.exits.at
     needs = run.policy.statistics() if needs is None else needs
     depth = depths[index]
+    gate = run.gate if run.gate is not None and run.gate.statistic in needs else None
+    asked = gate.needs if gate is not None else frozenset()
     # a gate's candidates come from the first exit's head: run here, it also gives the answer of rows that stop there
     prediction, stats = given or (None, {})
-    if prediction is None and (needs & LOGITS or ("gate" in needs and index == 0)):
+    if prediction is None and (needs & LOGITS or asked or ("gate" in needs and index == 0)):
         prediction = run.exits[depth](hidden)
-        stats = confidence(prediction, needs)
+    if prediction is not None:
+        stats |= confidence(prediction, (needs | asked) - stats.keys())
     if "cosine" in needs and previous is not None:
         stats["cosine"] = cosine(hidden, previous)
-    if "agrees" in needs:
-        stats["agrees"] = run.exits.gate_module(hidden)
+    if gate is not None:
+        stats[gate.statistic] = gate(hidden, index, previous, stats)
     classes = 0 if prediction is None else prediction.shape[-1]
     last = index == len(depths) - 1
     head = run.exits[depth] if "gate" in needs else None
@@ -93,6 +96,8 @@ class SinglePass:
     def install(self) -> Undo:
         """Hook blocks, the model's forward and its output module; returns the exact undo."""
         model = self.run.model
+        if self.output is not None:
+            check_outputs(self.run.policy, self.run.backbone.context().classes)
         self.removes: list[Undo] = [self.chain.install(self.block)]
         handles = [
             model.register_forward_pre_hook(self.begin),
@@ -160,7 +165,7 @@ class SinglePass:
         pooled = self.pool(hidden)
         seen = look(run, index, pooled, self.previous)
         stop, self.state, finite = decide(run.policy, self.state, seen)
-        self.previous = pooled if "cosine" in run.policy.statistics() else None
+        self.previous = pooled if run.looks_back else None
         counts = torch.stack([stop.sum(), finite.numel() - finite.sum()]).tolist()  # the one host sync of an exit
         run.stats.nonfinite += counts[1]
         if not counts[0]:

@@ -1,10 +1,10 @@
-"""Train the heads of a model's exits; the backbone is frozen, its states are computed once and reused."""
+"""Train the heads and gates of a model's exits; a frozen backbone's states are computed once and reused."""
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +16,14 @@ from offramp.attach import Exits, find
 from offramp.backbone import Observed
 from offramp.enable import paused
 from offramp.errors import BadArgument
+from offramp.gating import need_gate
 from offramp.head import gated
-from offramp.live import CACHE_BYTES, Live
+from offramp.live import CACHE_BYTES, Live, same, share_gradient
 from offramp.loss import Loss, Moment, Schedule
 from offramp.policy import SchedulePolicy
 from offramp.record import batches, evaluating, track
 from offramp.schedule import check_training
+from offramp.stages import Stage, plan
 
 
 @dataclass
@@ -49,41 +51,45 @@ def fit(
     progress: bool = True,
     backbone: bool = False,
     layer_dropout: float = 0.0,
-    schedule: SchedulePolicy | None = None,
+    schedule: str | SchedulePolicy | None = None,
     weight_decay: float = 0.0,
     weights: Schedule | None = None,
     **options: Any,
 ) -> FitReport:
-    """Train all heads together on `data` (the gate for loss="gate"), with the backbone frozen unless asked.
+    """Train all heads together on `data`, or the gates, as the loss says, with the backbone frozen unless asked.
 
     data: as the model takes it (labels only for loss="labels"); batch_size: rows of the model's own input per
     forward; rows: samples (tokens) per step; lr: AdamW's, cosine to zero with 5 % warm-up; options: the loss's
     (`temperature`, `weighting`, ...). backbone: train the model too, on one batch per step (`rows` has no meaning
     then); layer_dropout: rate of the last block, per sample, rising with depth (arXiv 2404.16710);
-    schedule: a policy such as position_schedule that the model is trained to be decoded with (then exits are not
+    schedule: "frozen", "joint", "two_stage" or "alternate", see `offramp.stages.plan`; or a policy such as
+    position_schedule that the model is trained to be decoded with (then exits are not
     needed; labels of -100 mark the prompt, and without labels the first token is the prompt); weights: a schedule of
     the exits' weights, beside the last layer's where the loss has it, else of the whole loss. loss: None is "distill",
-    with a schedule "layerskip", which also trains the last layer. Raises `NotAttached`, `UnknownName`, `BadArgument`.
-    The model's modes and `requires_grad` are put back.
+    with such a policy "layerskip", which also trains the last layer. Raises `NotAttached`, `UnknownName`,
+    `BadArgument`. The model's modes and `requires_grad` are put back.
     """
-    exits = find(model, needed=schedule is None)
-    objective = _objective(loss or ("distill" if schedule is None else "layerskip"), options)
-    wanted = _check(exits, objective, steps, backbone, layer_dropout, schedule)
+    fixed = None if schedule is None or isinstance(schedule, str) else schedule
+    exits = find(model, needed=fixed is None)
+    objective = _objective(loss or ("distill" if fixed is None else "layerskip"), options)
+    stages = plan(schedule if isinstance(schedule, str) else None, objective, steps, backbone)
+    for stage in stages:  # all of them, before the first changes anything
+        _check(exits, stage, layer_dropout, fixed)
     started = time.perf_counter()
     grads = {p: p.requires_grad for p in model.parameters()}
     report = FitReport()
     try:
-        for p in grads:
-            p.requires_grad_(False)
         with evaluating(model), paused(model):
-            if backbone or exits.mixes:
-                taps = objective.taps(exits.at, exits.backbone.depth)
-                source: Any = Live(exits, data, batch_size, seed, layer_dropout, schedule, not backbone, taps)
-            else:
-                source = _States(exits, data, batch_size, rows, seed)
-            report.before = source.agreement()
-            _train(exits, source, objective, wanted, report, steps, lr, weight_decay, weights, progress)
-            report.agreement = source.agreement()
+            for n, stage in enumerate(stages):
+                if stage.backbone or exits.mixes:
+                    taps, even = stage.loss.taps(exits.at, exits.backbone.depth), stage.loss.equilibrium
+                    frozen = not stage.backbone
+                    source: Any = Live(exits, data, batch_size, seed, layer_dropout, fixed, frozen, taps, even)
+                else:
+                    source = _States(exits, data, batch_size, rows, seed)
+                report.before = report.before if n else source.agreement()
+                _train(exits, source, stage, report, lr, weight_decay, weights, progress)
+                report.agreement = source.agreement()
     finally:
         for p, flag in grads.items():
             p.requires_grad_(flag)
@@ -100,27 +106,35 @@ def _objective(loss: str | Loss, options: dict[str, Any]) -> Loss:
     return loss
 
 
-def _check(
-    exits: Exits, objective: Loss, steps: int, backbone: bool, dropout: float, schedule: SchedulePolicy | None
-) -> list[nn.Parameter]:
-    """Return the parameters to train; raises `BadArgument` for what cannot be trained so."""
-    depth = exits.backbone.depth
+def _check(exits: Exits, stage: Stage, dropout: float, schedule: SchedulePolicy | None) -> None:
+    """Raise `BadArgument` or `NotAttached` for what cannot be trained so."""
+    depth, objective, steps, backbone = exits.backbone.depth, stage.loss, stage.steps, stage.backbone
+    if objective.beside:
+        need_gate(exits, objective.beside)
     if schedule is not None:
         check_training(schedule, backbone, depth)
     if steps < 1:
         raise BadArgument(f"steps={steps} trains nothing; give steps=500")
-    if backbone and objective.gate:
+    if backbone and objective.frozen:
         raise BadArgument(f"{objective} teaches gates about a model as it is; leave backbone=True out")
+    if objective.equilibrium and not backbone:
+        raise BadArgument(f"{objective} is about the gradients of the model itself; add backbone=True")
     if not backbone and objective.taps(exits.at, depth):
         raise BadArgument(f"{objective} trains states of the model itself; add backbone=True")
     if not 0 <= dropout < 1 or (dropout and not backbone):
         raise BadArgument(f"layer_dropout={dropout!r} is a rate from 0 to 1 for training with backbone=True")
-    wanted = everything(exits) if backbone else trainable(exits, objective.gate, objective.shared)
-    if not wanted:
+    if not wanted(exits, stage):
         raise BadArgument(
             f"head {exits.head!r} has no weights of its own to train here; use head='translator', or backbone=True"
         )
-    return wanted
+
+
+def wanted(exits: Exits, stage: Stage) -> list[nn.Parameter]:
+    """Return the parameters that a stage trains, each once."""
+    if stage.backbone:
+        return everything(exits)
+    heads = trainable(exits, stage.loss.gate, stage.loss.shared)
+    return heads + trainable(exits, shared=True) if stage.loss.beside else heads
 
 
 def trainable(exits: Exits, gate: bool | None = None, shared: bool = False) -> list[nn.Parameter]:
@@ -147,38 +161,65 @@ def everything(exits: Exits) -> list[nn.Parameter]:
 def _train(
     exits: Exits,
     source: Any,
-    objective: Loss,
-    wanted: list[nn.Parameter],
+    stage: Stage,
     report: FitReport,
-    steps: int,
     lr: float,
     weight_decay: float,
     weights: Schedule | None,
     progress: bool,
 ) -> None:
-    for p in wanted:
+    own, steps = wanted(exits, stage), stage.steps
+    for p in exits.model.parameters():
+        p.requires_grad_(False)
+    for p in own:
         p.requires_grad_(True)
-    optimizer = torch.optim.AdamW(wanted, lr=lr, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(own, lr=lr, weight_decay=weight_decay)
     warm = max(1, steps // 20)
     shape = lambda s: min(1.0, (s + 1) / warm) * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * s / steps)).item())  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
     losses = []
     with torch.enable_grad():
         for step, seen in zip(track(range(steps), "fit exits", progress, steps), source, strict=False):
-            active = objective.active(step, steps, len(exits))
-            with torch.set_grad_enabled(seen.final.requires_grad):
-                final = exits.backbone.context().readout(seen.final)
-            answers, targets = objective.read(exits, exits.inputs(seen), final, seen.targets, active)
-            depths = (*(exits.at[i] for i in active), exits.backbone.depth)
-            moment = Moment(1.0 if weights is None else weights.at(step), depths, seen.states)
-            value = objective(answers, final, targets, active, len(exits), moment)
+            scale = 1.0 if weights is None else weights.at(step)
+            value = objective_of(exits, stage.loss, seen, step, steps, scale)
             optimizer.zero_grad()
             value.backward()
-            torch.nn.utils.clip_grad_norm_(wanted, 1.0)
+            torch.nn.utils.clip_grad_norm_(own, 1.0)
             optimizer.step()
             schedule.step()
             losses.append(value.detach())
-    report.losses = torch.stack(losses).tolist()
+    report.losses += torch.stack(losses).tolist()
+
+
+def objective_of(
+    exits: Exits, loss: Loss, seen: Observed, step: int = 0, steps: int = 1, scale: float = 1.0
+) -> Tensor:
+    """Return what step `step` of `steps` minimises on one batch; scale: of the exits' weights."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and seen.final.requires_grad):
+        final = exits.backbone.context().readout(seen.final)
+    hidden = exits.inputs(seen)
+    if loss.equilibrium:  # the other half of it is on the states' way down, in `Live`
+        hidden = [share_gradient(h, 1 / (len(hidden) - i)) for i, h in enumerate(hidden)]
+    return value_of(exits, loss, hidden, final, seen, step, steps, scale)
+
+
+def value_of(
+    exits: Exits,
+    loss: Loss,
+    hidden: Sequence[Tensor],
+    final: Tensor,
+    seen: Observed,
+    step: int = 0,
+    steps: int = 1,
+    scale: float = 1.0,
+) -> Tensor:
+    """Return the loss of one batch. hidden: what each exit reads [rows, width]; final: the full model's prediction."""
+    active = loss.active(step, steps, len(exits))
+    answers, targets = loss.read(exits, hidden, final, seen.targets, active)
+    odds = exits.odds(hidden, answers) if loss.beside else None
+    depths = (*(exits.at[i] for i in active), exits.backbone.depth)
+    moment = Moment(scale, depths, seen.states, odds, step, steps)
+    return loss(answers, final, targets, active, len(exits), moment)
 
 
 class _States:
@@ -221,10 +262,10 @@ class _States:
     def agreement(self) -> dict[int, float]:
         n = len(self.all.final)
         index = torch.arange(self.train if self.train < n else 0, n)
-        hits = dict.fromkeys(self.exits.at, 0)
+        hits = dict.fromkeys(self.exits.at, 0.0)
         for part in index.split(self.rows):
             seen = self.at(part)
-            best = self.exits.backbone.context().readout(seen.final).argmax(-1)
+            final = self.exits.backbone.context().readout(seen.final)
             for depth, hidden in zip(self.exits.at, seen.hidden, strict=True):
-                hits[depth] += int((self.exits[depth](hidden).argmax(-1) == best).sum())
+                hits[depth] += same(self.exits[depth](hidden), final)
         return {d: v / len(index) for d, v in hits.items()}

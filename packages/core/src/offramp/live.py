@@ -31,8 +31,8 @@ class Live:
     schedule: at each place only the blocks that it gives to that generated token change the state (arXiv 2307.02628).
     Keys and values of places that skip a block stay in it, but only later places look at them, and those skip it too.
     frozen: only the heads are trained; the model runs once per batch, in eval mode, and what fits into CACHE_BYTES is
-    kept. taps: further depths whose
-    states are wanted, in `Observed.states` with those of all depths.
+    kept. taps: further depths whose states are wanted, in `Observed.states` with those of all depths. equilibrium: take
+    the part of gradient equilibrium that lies between blocks.
     """
 
     def __init__(
@@ -45,9 +45,14 @@ class Live:
         schedule: SchedulePolicy | None = None,
         frozen: bool = False,
         taps: Sequence[int] = (),
+        equilibrium: bool = False,
     ) -> None:
         self.exits, self.data, self.batch_size, self.schedule = exits, data, batch_size, schedule
         self.frozen, self.taps = frozen, taps
+        #: by which factor gradients of the state after a block go on downwards: n / (n + 1) under n exits
+        self.share: dict[int, float] = {}
+        if equilibrium:
+            self.share = {k - 1: 1 - 1 / (len(exits.at) - i + 1) for i, k in enumerate(exits.at)}
         #: which blocks run at each place of the batch [batch, token, depth]
         self.runs: Tensor | None = None
         self.generator = torch.Generator().manual_seed(seed)
@@ -93,7 +98,8 @@ class Live:
                 return exits.observe(batch)
         if self.schedule is not None:
             self.runs = runs(self.schedule, backbone.generated(batch), backbone.depth)
-        undo = backbone.chain().install(self._block) if any(self.rates) or self.schedule is not None else None
+        acts = any(self.rates) or self.schedule is not None or self.share
+        undo = backbone.chain().install(self._block) if acts else None
         model.train()
         try:
             return exits.observe(batch, self.taps)
@@ -111,21 +117,38 @@ class Live:
             kept = torch.where(keep, state, call.hidden)
         if self.runs is not None:
             kept = torch.where(self.runs[..., index, None], kept, call.hidden)
+        if index in self.share:
+            kept = share_gradient(kept, self.share[index])
         return output if kept is state else with_state(output, kept)
 
     @torch.no_grad()
     def agreement(self) -> dict[int, float]:
         """Return on which share of the rows kept for it each exit says what the full model says."""
         exits = self.exits
-        hits, rows = dict.fromkeys(exits.at, 0), 0
+        hits, rows = dict.fromkeys(exits.at, 0.0), 0
         with evaluating(exits.model):
             for batch in self.held:
                 seen = exits.observe(batch)
-                best = exits.backbone.context().readout(seen.final).argmax(-1)
-                rows += len(best)
+                final = exits.backbone.context().readout(seen.final)
+                rows += len(final)
                 for depth, hidden in zip(exits.at, exits.inputs(seen), strict=True):
-                    hits[depth] += int((exits[depth](hidden).argmax(-1) == best).sum())
+                    hits[depth] += same(exits[depth](hidden), final)
         return {d: n / rows if rows else math.nan for d, n in hits.items()}
+
+
+def same(prediction: Tensor, final: Tensor) -> float:
+    """Return on how many rows a prediction [rows, classes] says what the full model says; NaN for a single number,
+    which has no classes to be the same."""
+    return math.nan if final.shape[-1] == 1 else int((prediction.argmax(-1) == final.argmax(-1)).sum())
+
+
+def share_gradient(hidden: Tensor, factor: float) -> Tensor:
+    """Return the same values, through which gradients come back times `factor`."""
+    if not hidden.requires_grad:
+        return hidden
+    out = hidden.view_as(hidden)
+    out.register_hook(lambda gradient: gradient * factor)
+    return out
 
 
 def _rows(data: Any) -> int | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from offramp.errors import BadArgument, UnknownName, did_you_mean
 
@@ -37,6 +38,36 @@ def weigh(losses: Sequence[Tensor], weighting: str) -> Tensor:
     raw = WEIGHTINGS[weighting](len(losses))
     stacked = torch.stack(list(losses))
     return (stacked * stacked.new_tensor(raw)).sum() / sum(raw)
+
+
+def row_losses(prediction: Tensor, targets: Tensor) -> Tensor:
+    """Return one loss per row [rows]: cross-entropy in nats of class labels (0 where they are -100), or of numbers the
+    squared error, mean over outputs.
+
+    prediction: [rows, classes]; targets: LongTensor [rows], or floats [rows] or [rows, outputs]. Raises `BadArgument`.
+    """
+    said = prediction.float()
+    if not targets.is_floating_point():
+        return functional.cross_entropy(said, targets, ignore_index=IGNORE, reduction="none")
+    wanted = targets.float().reshape(len(targets), -1)
+    if wanted.shape != said.shape:
+        raise BadArgument(
+            f"labels are numbers of shape {list(targets.shape)} and predictions {list(said.shape)}; for regression "
+            f"give one number per output, for classes give whole numbers (torch.long)"
+        )
+    return (said - wanted).square().mean(-1)
+
+
+def labelled(targets: Tensor | None, name: str) -> Tensor:
+    """Return which rows have a label, a bool mask [rows]; raises `BadArgument` where the data has none at all."""
+    if targets is None:
+        raise BadArgument(
+            f'loss "{name}" needs labels, and the data has none; give batches with labels, or use loss="distill", '
+            "which learns from the model's own output"
+        )
+    if targets.is_floating_point():
+        return targets.new_ones(len(targets), dtype=torch.bool)
+    return targets != IGNORE
 
 
 @dataclass(frozen=True)
@@ -73,12 +104,16 @@ class Schedule:
 class Moment:
     """What else is known in a training step. scale: of the exits' weights, from a `Schedule`; depths: of the exits that
     take part and of the full model; states: [rows, width] by depth, at the exits, the loss's `taps` and the last block,
-    where a loss has taps.
+    where a loss has taps; odds: log-odds [rows, exits] of the gate beside the exits, where a loss trains it with them;
+    step of steps: where the training is.
     """
 
     scale: float = 1.0
     depths: tuple[int, ...] = ()
     states: Mapping[int, Tensor] = field(default_factory=dict)
+    odds: Tensor | None = None
+    step: int = 0
+    steps: int = 1
 
 
 class Loss(ABC):
@@ -88,6 +123,15 @@ class Loss(ABC):
     gate: ClassVar[bool] = False
     #: of a loss that trains gates: whether that is the one which all exits share, instead of those of the heads
     shared: ClassVar[bool] = False
+    #: of a loss that trains heads and the gate beside them together: the gate's name; `Moment.odds` is then there
+    beside: ClassVar[str] = ""
+    #: whether it is about a model as it is, which must not be trained with it
+    frozen: ClassVar[bool] = False
+    #: whether it trains the last layer too, where the model is trained
+    last: ClassVar[bool] = False
+    #: whether gradients are rescaled on their way through the model, so that no layer gets more for being under many
+    #: exits
+    equilibrium: ClassVar[bool] = False
     weighting: str
 
     def read(

@@ -25,7 +25,7 @@ class Evidence:
     can stop; hidden: [rows, width] or None; prediction: the head's logits [rows, classes] or None; classes: how many;
     position: [rows] tokens already generated (or the time step), or None; stats: [rows] tensors by name; head: the
     exit's own, for a policy that asks its gate; recent: per row the exit depths of its tokens so far, oldest first, on
-    the host, or None where rows are no texts.
+    the host, or None where rows are no texts; before: the prediction at the exit before, where it is known.
     """
 
     index: int
@@ -39,6 +39,7 @@ class Evidence:
     stats: Mapping[str, Tensor] = field(default_factory=dict)
     head: Any = None
     recent: Sequence[Sequence[int]] | None = None
+    before: Tensor | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         """Return the statistic `name` as a [rows] tensor; raises `BadArgument` when the policy did not ask for it."""
@@ -80,9 +81,9 @@ class ExitPolicy(ABC):
     has no weights and never looks across rows.
     """
 
-    #: statistics to compute for this policy: top1, margin, entropy, label, cosine; "agrees" asks for the gate that all
-    #: exits share, "prediction" for the logits, "gate" for the heads' gates, which a policy asks itself and a trace
-    #: holds as probabilities
+    #: statistics to compute for this policy: top1, margin, entropy, sharpened, energy, label, cosine; "prediction" asks
+    #: for the logits, a gate's `statistic` ("agrees", "jei", "lambda", ...) for the gate beside the exits, "gate" for
+    #: gates inside the heads, which a policy asks itself and a trace holds as probabilities
     needs: ClassVar[frozenset[str]] = frozenset()
     #: "up": raising the threshold is safer and slower; "down": lowering it is; "" for policies without a threshold
     safer: ClassVar[str] = ""

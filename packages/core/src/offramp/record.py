@@ -16,9 +16,12 @@ from offramp.errors import BadArgument
 from offramp.head import ask_in_turn
 from offramp.kernels.confidence import confidence, cosine
 from offramp.kernels.subset_logits import among
+from offramp.loss import row_losses
 from offramp.trace import Trace
 
-STATISTICS = frozenset({"top1", "margin", "entropy", "label"})
+STATISTICS = frozenset({"top1", "margin", "entropy", "energy", "label"})
+#: what `_one` returns beside statistics
+BESIDE = ("label", "position", "targets", "losses", "logits", "classes")
 
 
 def batches(data: Any, batch_size: int) -> Iterator[Any]:
@@ -105,25 +108,23 @@ def _one(exits: Exits, batch: Any, per_row: int | None, generator: torch.Generat
     one = {k: torch.stack([c[k] for c in columns], 1).cpu() for k in columns[0]}
     heads: list[Any] = [exits[d] for d in exits.at]
     if type(heads[0]).gates and all(head.trained for head in heads):
-        said, candidates = ask_in_turn(heads, states, answers[0])
-        gates = [g.sigmoid() * among(a, candidates) for g, a in zip(said, answers, strict=False)]
+        found, candidates = ask_in_turn(heads, states, answers[0])
+        gates = [g.sigmoid() * among(a, candidates) for g, a in zip(found, answers, strict=False)]
         one["gate"] = torch.stack([*gates, torch.full_like(gates[0], float("nan"))], 1).cpu()
     chain = [*states, final]
     near = [torch.full((len(final),), float("nan"), device=final.device)]
     near += [cosine(b, a) for a, b in zip(chain[:-1], chain[1:], strict=True)]
     one["cosine"] = torch.stack(near, 1).cpu()
-    if exits.gate is not None:  # the full model agrees with itself
-        odds = [exits.gate_module(h) for h in states]
-        one["agrees"] = torch.stack([*odds, torch.ones_like(odds[0])], 1).cpu()
+    if exits.gate is not None and exits.gate_module.trained:  # the full model agrees with itself, and always stops
+        said = exits.odds(states, answers[:-1]).sigmoid()
+        one[exits.gate_module.statistic] = torch.cat([said, torch.ones_like(said[:, :1])], 1).cpu()
     if seen.position is not None:
         one["position"] = cut(seen.position).cpu()
     if seen.targets is not None:
         targets = cut(seen.targets)
-        one["targets"] = targets.cpu()
-        losses = [
-            torch.nn.functional.cross_entropy(a.float(), targets, reduction="none", ignore_index=-100) for a in answers
-        ]
-        one["losses"] = torch.stack(losses, 1).cpu()
+        one["losses"] = torch.stack([row_losses(a, targets) for a in answers], 1).cpu()
+        if not targets.is_floating_point():  # of numbers only the losses say how right an exit is
+            one["targets"] = targets.cpu()
     if logits:
         one["logits"] = torch.stack(answers, 1).float().cpu()
     one["classes"] = torch.tensor([answers[0].shape[-1]])
@@ -147,7 +148,7 @@ def _join(exits: Exits, parts: list[dict[str, Tensor]]) -> Trace:
     return Trace(
         depths=depths,
         costs=torch.tensor([float(d) for d in depths]),
-        stats={k: whole[k] for k in ("top1", "margin", "entropy", "cosine", "gate", "agrees") if k in whole},
+        stats={k: v for k, v in whole.items() if k not in BESIDE},
         label=whole["label"],
         targets=whole.get("targets"),
         position=whole.get("position"),

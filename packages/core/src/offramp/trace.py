@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral
@@ -13,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offramp._registry import lookup
 from offramp.calibration import Calibration
-from offramp.enable import make_policy
+from offramp.enable import check_outputs, make_policy
 from offramp.errors import BadArgument, DamagedFile
+from offramp.gate import ExitGate
+from offramp.gating import gate_of
 from offramp.policy import Evidence, ExitPolicy
 
 FORMAT = 1
@@ -31,7 +35,7 @@ class Trace:
     depths: K ascending depths in blocks, the attached exits and the full depth; costs: [K] cumulative cost of leaving
     at each, by default in blocks; stats: [N, K] floats by name (top1, margin, entropy in nats, cosine with the
     previous column, undefined in the first; of trained gates of heads their probability `gate`, 0 where the answer is
-    no candidate, undefined in the last; of the gate that all exits share its probability `agrees`, 1 in the last);
+    no candidate, undefined in the last; of the gate beside the exits its probability, 1 in the last);
     label: [N, K] argmax; classes: of the prediction; targets: [N] true labels, -100 for none; position: [N]; losses:
     [N, K] task loss; logits: [N, K, classes]; model_hash: of model and heads. Tensors are kept on the CPU. Raises
     `BadArgument` when shapes disagree.
@@ -112,7 +116,8 @@ class Trace:
         logits = None if self.logits is None else self.logits[rows, column]
         position = None if self.position is None else self.position[rows]
         depth = self.depths[column]
-        return Evidence(column, depth, column == 0, last, None, logits, self.classes, position, stats)
+        before = None if self.logits is None or not column else self.logits[rows, column - 1]
+        return Evidence(column, depth, column == 0, last, None, logits, self.classes, position, stats, before=before)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically."""
@@ -166,7 +171,8 @@ class Outcome:
 
     depths: LongTensor [N] blocks run; columns: LongTensor [N] of the trace; labels: LongTensor [N] answers; depth_mean
     in blocks; cost_mean in the trace's unit; saved = 1 - cost_mean / full cost; agreement: share of rows that answer
-    as the full model does; accuracy: share that is right among labelled rows, None without labels.
+    as the full model does, NaN for heads with one output, which have no classes; accuracy: share that is right among
+    labelled rows, None without labels.
     """
 
     depths: Tensor
@@ -209,7 +215,7 @@ def simulate(trace: Trace, policy: str | ExitPolicy | Calibration | Mapping[str,
         depth_mean=float(depths.double().mean()),
         cost_mean=cost,
         saved=1.0 - cost / float(costs[-1]),
-        agreement=float((labels == trace.label[:, -1]).double().mean()),
+        agreement=float((labels == trace.label[:, -1]).double().mean()) if trace.classes > 1 else math.nan,
         accuracy=accuracy,
     )
 
@@ -221,12 +227,14 @@ def exit_columns(trace: Trace, policy: ExitPolicy) -> Tensor:
         fix = "offramp.record(model, data, logits=True)" if "prediction" in missing else "offramp.record(model, data)"
         if "gate" in missing:
             fix += ", with head='speculative' and gates trained by offramp.fit(model, data, loss='speculative_gate')"
-        if "agrees" in missing:
-            fix += ", with attach(..., gate='linear') and the gate trained by offramp.fit(model, data, loss='gate')"
+        for name in filter(None, map(gate_of, sorted(missing))):
+            loss = lookup(ExitGate, name).loss
+            fix += f", with attach(..., gate={name!r}) and the gate trained by offramp.fit(model, data, loss={loss!r})"
         raise BadArgument(
             f"the trace does not hold {', '.join(sorted(missing))} (it has: {', '.join(sorted(held))}), which "
             f"{type(policy).__name__} looks at; record it again: {fix}"
         )
+    check_outputs(policy, trace.classes)
     n, last = trace.label.shape[0], trace.label.shape[1] - 1
     columns = torch.full((n,), last)
     rows, state = torch.arange(n), policy.start(n, "cpu")

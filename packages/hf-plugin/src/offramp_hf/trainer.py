@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from offramp import checkpoint
 from offramp._registry import create
@@ -21,8 +21,10 @@ from offramp.attach import Exits, find
 from offramp.backbone import Observed
 from offramp.enable import paused
 from offramp.errors import BadArgument, DamagedFile
-from offramp.fit import FitReport, trainable
+from offramp.fit import FitReport, value_of, wanted
+from offramp.gating import need_gate
 from offramp.loss import Loss
+from offramp.stages import Stage
 
 
 class ExitTraining(nn.Module):
@@ -42,8 +44,12 @@ class ExitTraining(nn.Module):
         self.model = model
         self.__dict__["exits"] = exits
         self.objective: Loss = create(Loss, loss, **options) if isinstance(loss, str) else loss
-        if self.objective.taps(exits.at, exits.backbone.depth):
+        if self.objective.equilibrium or self.objective.taps(exits.at, exits.backbone.depth):
             raise BadArgument(f"{self.objective} trains the model itself, the Trainer only exits; use offramp.fit")
+        if self.objective.beside:
+            need_gate(exits, self.objective.beside)
+        #: where the training is, for losses that take turns
+        self.step, self.steps = 0, 1
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # what accelerate's FSDP shards as a unit
         self._takes = set(inspect.signature(model.forward).parameters) | {"labels"}
 
@@ -64,16 +70,22 @@ class ExitTraining(nn.Module):
         with torch.no_grad(), paused(self.model):
             seen = exits.observe({k: v for k, v in batch.items() if k in self._takes})
             final = exits.backbone.context().readout(seen.final)
-        inputs = exits.inputs(seen)
-        answers, targets = self.objective.read(exits, inputs, final, seen.targets, range(len(exits)))
-        rows = len(final)
-        # a process may have no labelled row; its heads still take part in the exchange of gradients
-        loss: Any = self.objective(answers, final, targets) if rows else sum(a.sum() for a in answers) * 0.0
+        inputs, rows = exits.inputs(seen), len(final)
+        if rows:
+            loss = value_of(exits, self.objective, inputs, final, seen, self.step, self.steps)
+        else:  # a process may have no labelled row; its heads still take part in the exchange of gradients
+            loss = self._nothing(inputs, final, seen)
         if self.training:
             return {"loss": loss * _share(rows, final.device)}
-        if self.objective.gate:  # of the readouts, which this loss leaves as they are
-            answers = [exits[d](h) for d, h in zip(exits.at, inputs, strict=True)]
+        answers = [exits[d](h) for d, h in zip(exits.at, inputs, strict=True)]
         return {"loss": loss, **_agreement(answers, final, seen)}
+
+    def _nothing(self, inputs: Sequence[Tensor], final: Tensor, seen: Observed) -> Tensor:
+        """Return 0, reached through everything that this loss trains."""
+        exits = self._exits
+        answers, _ = self.objective.read(exits, inputs, final, seen.targets, range(len(exits)))
+        said = [*answers, exits.odds(inputs, answers)] if self.objective.beside else answers
+        return torch.stack([a.sum() for a in said]).sum() * 0.0
 
 
 def _share(rows: int, device: torch.device) -> Tensor | float:
@@ -92,6 +104,17 @@ def _agreement(answers: Sequence[Tensor], final: Tensor, seen: Observed) -> dict
     samples = int(seen.sample.max()) + 1 if len(final) else 0
     hits = same.new_zeros(samples, same.shape[1]).index_add_(0, seen.sample, same)
     return {"hits": hits, "rows": torch.bincount(seen.sample, minlength=samples)}
+
+
+class Turns(TrainerCallback):
+    """Tells an `ExitTraining` where its training is."""
+
+    def __init__(self, training: ExitTraining) -> None:
+        self.training = training
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Note step and steps."""
+        self.training.step, self.training.steps = state.global_step, state.max_steps
 
 
 class ExitTrainer(Trainer):
@@ -114,6 +137,7 @@ class ExitTrainer(Trainer):
         args = copy.copy(args)
         args.remove_unused_columns = False  # it looks at forward(**batch) and would remove everything
         super().__init__(model=wrapped, args=args, compute_metrics=self._metrics, **more)
+        self.add_callback(Turns(wrapped))
 
     def _metrics(self, seen: Any) -> dict[str, float]:
         hits, rows = seen.predictions
@@ -191,7 +215,9 @@ def train(
         for p in flags:
             p.requires_grad_(False)
         objective: Loss = create(Loss, loss, **options) if isinstance(loss, str) else loss
-        for p in trainable(exits, objective.gate, objective.shared):
+        if objective.beside:
+            need_gate(exits, objective.beside)
+        for p in wanted(exits, Stage(objective, 1, False)):
             p.requires_grad_(True)
         more = {"train_dataset": dataset, "eval_dataset": eval_dataset, **(trainer or {})}
         runner = ExitTrainer(model, args, loss=objective, **more)

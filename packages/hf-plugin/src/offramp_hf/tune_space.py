@@ -12,6 +12,7 @@ import offramp
 from offramp._registry import create, lookup
 from offramp.draft import DraftRule
 from offramp.errors import BadArgument
+from offramp.gating import gate_of
 from offramp.policy import ExitPolicy, ThresholdPolicy
 
 #: policies that are tried when none are named: their scores cost least
@@ -49,7 +50,7 @@ class Space:
     def ladder(self, name: str, at: Sequence[int]) -> list[ExitPolicy]:
         """Return a policy's settings for exits `at` from safest to boldest; raises `BadArgument`, `UnknownName`."""
         example: ExitPolicy = lookup(ExitPolicy, name).example(at, self.classes)
-        if example.statistics() & {"gate", "agrees"}:
+        if "gate" in example.statistics() or any(map(gate_of, example.statistics())):
             raise BadArgument(f"policy {name!r} reads a gate, which parts of the exits lack; leave it out")
         return example.ladder(at, self.classes)
 

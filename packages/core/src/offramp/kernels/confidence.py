@@ -8,18 +8,21 @@ import torch
 from torch import Tensor
 
 #: statistics computed from the prediction; "cosine" needs two hidden states and is computed by `cosine`
-PREDICTION = frozenset({"top1", "margin", "entropy", "label"})
+PREDICTION = frozenset({"top1", "margin", "entropy", "sharpened", "energy", "label"})
 
 
 def confidence(logits: Tensor, needs: Set[str]) -> dict[str, Tensor]:
     """Return the statistics named in `needs` of the softmax over the last dimension.
 
     logits: [rows, classes], any float dtype. Returns [rows] tensors in float32 (`label`: int64): `label` the argmax,
-    `top1` the largest probability, `margin` top-1 minus top-2 probability, `entropy` in nats. NaN logits give NaN.
+    `top1` the largest probability, `margin` top-1 minus top-2 probability, `entropy` in nats, `sharpened` the entropy
+    in nats of p^2 / sum p^2, `energy` minus the log of the sum of exponentials of the logits. NaN logits give NaN.
     """
     found: dict[str, Tensor] = {}
-    if not needs & {"top1", "margin", "entropy"}:
-        return {"label": logits.argmax(-1)} if "label" in needs else found
+    if "energy" in needs:
+        found["energy"] = -logits.float().logsumexp(-1)
+    if not needs & {"top1", "margin", "entropy", "sharpened"}:
+        return {**found, "label": logits.argmax(-1)} if "label" in needs else found
     log_p = logits.float().log_softmax(-1)
     if "margin" in needs and logits.shape[-1] > 1:
         top, index = log_p.topk(2, dim=-1)
@@ -33,6 +36,8 @@ def confidence(logits: Tensor, needs: Set[str]) -> dict[str, Tensor]:
     found["top1"] = best
     if "entropy" in needs:
         found["entropy"] = torch.special.entr(log_p.exp()).sum(-1)  # entr(0) = 0: a masked class (-inf) adds nothing
+    if "sharpened" in needs:
+        found["sharpened"] = torch.special.entr((2 * log_p).softmax(-1)).sum(-1)
     return found
 
 

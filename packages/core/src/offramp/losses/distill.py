@@ -36,6 +36,10 @@ class Distill(Loss):
 
     def each(self, predictions: Sequence[Tensor], final: Tensor, targets: Tensor | None) -> list[Tensor]:
         """Return one divergence in nats per exit; `targets` are not used."""
+        if final.shape[-1] == 1:
+            raise BadArgument(
+                'distill: one output is no distribution; to learn numbers from the model itself use loss="regression"'
+            )
         teacher, kept = final.detach().float() / self.temperature, None
         if 0 < self.top_k < teacher.shape[-1]:
             teacher, kept = teacher.topk(self.top_k, dim=-1)

@@ -29,6 +29,7 @@ class GateLoss(Loss):
     """
 
     gate: ClassVar[bool] = True
+    frozen: ClassVar[bool] = True
     shared: ClassVar[bool] = True
     weighting: str = "uniform"
 
@@ -42,7 +43,7 @@ class GateLoss(Loss):
         with torch.no_grad():
             best = final.argmax(-1)
             hits = torch.stack([exits[exits.at[i]](hidden[i]).argmax(-1) == best for i in active], 1)
-        return [exits.gate_module.log_odds(hidden[i].detach()) for i in active], hits
+        return [exits.odds(hidden)[:, i] for i in active], hits
 
     def each(self, predictions: Sequence[Tensor], final: Tensor, targets: Tensor | None) -> list[Tensor]:
         """Return one loss in nats per exit; `final` is not used."""

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from offramp._registry import register
-from offramp.errors import BadArgument
-from offramp.loss import IGNORE, Loss, weigh
+from offramp.loss import Loss, labelled, row_losses, weigh
 
 
 @register("labels")
@@ -19,7 +17,8 @@ from offramp.loss import IGNORE, Loss, weigh
 class Labels(Loss):
     """Cross-entropy of each head with the true labels, in nats, mean over labelled rows (0 when there are none).
 
-    targets: LongTensor [rows], -100 for rows to leave out. weighting: uniform, linear or inverse. Raises `BadArgument`
+    targets: LongTensor [rows], -100 for rows to leave out; of floats, [rows] or [rows, outputs], the squared error is
+    taken instead, mean over rows and outputs. weighting: uniform, linear, inverse or sum. Raises `BadArgument`
     without targets. Paper: deeply supervised nets (Lee et al., AISTATS 2015), BranchyNet (2016).
     """
 
@@ -30,13 +29,5 @@ class Labels(Loss):
 
     def each(self, predictions: Sequence[Tensor], final: Tensor, targets: Tensor | None) -> list[Tensor]:
         """Return one cross-entropy per exit; `final` is not used."""
-        if targets is None:
-            raise BadArgument(
-                'loss "labels" needs labels, and the data has none; give batches with labels, or use loss="distill", '
-                "which learns from the model's own output"
-            )
-        rows = (targets != IGNORE).sum().clamp(min=1)
-        return [
-            functional.cross_entropy(p.float(), targets, ignore_index=IGNORE, reduction="sum") / rows
-            for p in predictions
-        ]
+        rows = labelled(targets, "labels").sum().clamp(min=1)
+        return [row_losses(p, targets).sum() / rows for p in predictions]  # type: ignore[arg-type]

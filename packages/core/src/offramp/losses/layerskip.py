@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class LayerSkip(Loss):
     -100 is left out. Raises `BadArgument`. Paper: LayerSkip (Elhoushi et al., arXiv 2404.16710).
     """
 
+    last: ClassVar[bool] = True
     e_scale: float = 1.0
     curriculum: str = "rotational"
     rotation: int = 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class LayerwiseDistill(Loss):
     [rows], -100 is left out. Raises `BadArgument`. Paper: FREE (Bae et al., arXiv 2310.05424).
     """
 
+    last: ClassVar[bool] = True
     share: float = 0.5
     map: str = "dyna"
     weighting: str = "uniform"

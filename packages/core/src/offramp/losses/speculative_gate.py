@@ -29,6 +29,7 @@ class SpeculativeGateLoss(Loss):
     """
 
     gate: ClassVar[bool] = True
+    frozen: ClassVar[bool] = True
     weighting: str = "uniform"
 
     def __post_init__(self) -> None:

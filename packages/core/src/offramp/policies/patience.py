@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,12 +22,15 @@ class Patience(ExitPolicy):
     """Stop a row when its answer has stayed the same over `patience` steps from exit to exit.
 
     patience: a whole number >= 1, counted in exits, not blocks; higher is safer, lower is faster. The earliest exit
-    that can stop is the one with index `patience`, so it must be less than the number of exits. Raises `BadArgument`.
-    Paper: PABEE (Zhou et al., NeurIPS 2020), with a counter per row instead of one for the batch.
+    that can stop is the one with index `patience`, so it must be less than the number of exits. tolerance: None for
+    classes; for heads that predict numbers, how much every output may change and still count as the same (a trace then
+    needs `offramp.record(model, data, logits=True)`). Raises `BadArgument`. Paper: PABEE (Zhou et al., NeurIPS 2020),
+    with a counter per row instead of one for the batch; for numbers between 0 and 5 it suggests 0.1.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"label"})
     patience: int
+    tolerance: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.patience, bool) or not isinstance(self.patience, int) or self.patience < 1:
@@ -34,21 +39,47 @@ class Patience(ExitPolicy):
                 f'To never exit, write offramp.enable(model, "never")'
             )
 
+        if self.tolerance is None:
+            return
+        number = isinstance(self.tolerance, (int, float)) and not isinstance(self.tolerance, bool)
+        if not number or not 0 < self.tolerance < math.inf:
+            raise BadArgument(
+                f"patience: tolerance must be a change above 0 that still counts as none, e.g. 0.1, or None for "
+                f"classes, not {self.tolerance!r}"
+            )
+
+    def statistics(self) -> frozenset[str]:
+        """Return the label, or for numbers the prediction itself."""
+        return self.needs if self.tolerance is None else frozenset({"prediction"})
+
     def start(self, batch: int, device: torch.device | str) -> State:
-        """Return counters at 0 and no previous answer (-1)."""
-        return {
-            "label": torch.full((batch,), -1, dtype=torch.int64, device=device),
-            "count": torch.zeros(batch, dtype=torch.int64, device=device),
-        }
+        """Return counters at 0 and no previous answer (-1; none at all for numbers)."""
+        count = {"count": torch.zeros(batch, dtype=torch.int64, device=device)}
+        if self.tolerance is not None:
+            return count
+        return {**count, "label": torch.full((batch,), -1, dtype=torch.int64, device=device)}
 
     def step(self, state: State, seen: Evidence) -> tuple[Tensor, State]:
         """Count agreement with the previous exit; an answer read from NaN agrees with nothing, before or after it."""
+        if self.tolerance is not None:
+            return self.close(state, seen, self.tolerance)
         label = seen["label"]
         known = _known(seen, label)
         same = (label == state["label"]) & known
         count = torch.where(same, state["count"] + 1, 0)
         # >= and not ==: under `at_least` the counter passes `patience` before the row is allowed to stop
         return count >= self.patience, {"label": torch.where(known, label, -1), "count": count}
+
+    def close(self, state: State, seen: Evidence, tolerance: float) -> tuple[Tensor, State]:
+        """Count exits whose outputs all moved by less than `tolerance`."""
+        now = seen.prediction
+        if now is None:
+            raise BadArgument("patience: tolerance compares predictions, and this evidence holds none")
+        if "before" not in state:
+            return seen.every(False), {**state, "before": now}
+        same = ((now.float() - state["before"].float()).abs() < tolerance).all(-1)
+        count = torch.where(same, state["count"] + 1, 0)
+        return count >= self.patience, {"count": count, "before": now}
 
     def check(self, depths: Sequence[int]) -> None:
         """Refuse a patience that these exits can never reach."""
@@ -62,7 +93,7 @@ class Patience(ExitPolicy):
     def ladder(self, depths: Sequence[int], classes: int) -> list[ExitPolicy]:
         """Return every patience that can fire, longest first; raises `BadArgument` for a single exit."""
         Patience(1).check(depths)
-        return [Patience(p) for p in range(len(depths) - 1, 0, -1)]
+        return [dataclasses.replace(self, patience=p) for p in range(len(depths) - 1, 0, -1)]
 
     @classmethod
     def example(cls, depths: Sequence[int], classes: int, **options: Any) -> ExitPolicy:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from offramp.loss import WEIGHTINGS, Loss
+from offramp.loss import WEIGHTINGS, Loss, Moment
 from offramp.testing import require
 
 
@@ -15,7 +16,8 @@ def check_loss(loss: Loss, exits: int = 3, classes: int = 7, rows: int = 10) -> 
     """Raise `ContractError` unless `loss` keeps every rule of `Loss`.
 
     Frozen; one finite scalar per exit; deterministic; blind to the order of rows; each exit's loss reaches that exit's
-    prediction only, never the full model; a known weighting; gradient steps on it bring it down and make exits right.
+    prediction only, never the full model; a known weighting; gradient steps on it bring it down and make exits right;
+    and where it trains a gate beside the exits too, that some step moves the gate, and some the exits.
     """
     settings = getattr(loss, "__dataclass_params__", None)
     require(settings is not None and settings.frozen, loss, "must be a frozen dataclass")
@@ -38,7 +40,11 @@ def check_loss(loss: Loss, exits: int = 3, classes: int = 7, rows: int = 10) -> 
     close = all(torch.allclose(a, b, atol=1e-5) for a, b in zip(parts, mixed, strict=True))
     require(close, loss, "the order of the rows changes it")
     _check_gradients(loss, parts, predictions, final)
-    _check_descent(loss, predictions, final.detach(), targets)
+    odds = torch.randn(rows, exits, generator=make, requires_grad=True) if loss.beside else None
+    moment = Moment(depths=tuple(range(1, exits + 2)), odds=odds)
+    _check_descent(loss, predictions, final.detach(), targets, moment)
+    if odds is not None:
+        _check_both(loss, predictions, final.detach(), targets, moment)
 
 
 def _check_gradients(loss: Loss, parts: Sequence[Tensor], predictions: Sequence[Tensor], final: Tensor) -> None:
@@ -51,13 +57,27 @@ def _check_gradients(loss: Loss, parts: Sequence[Tensor], predictions: Sequence[
             require(reached == (i == j), loss, f"the loss of exit {i} must reach exit {i} alone (exit {j}: {reached})")
 
 
-def _check_descent(loss: Loss, predictions: Sequence[Tensor], final: Tensor, targets: Tensor) -> None:
+def _check_both(
+    loss: Loss, predictions: Sequence[Tensor], final: Tensor, targets: Tensor, moment: Moment, steps: int = 40
+) -> None:
+    moved = set()
+    for step in range(steps):
+        value = loss(predictions, final, targets, moment=dataclasses.replace(moment, step=step, steps=steps))
+        found = torch.autograd.grad(value, [*predictions, moment.odds], allow_unused=True)  # type: ignore[arg-type]
+        moved |= {i for i, g in enumerate(found) if g is not None and bool((g != 0).any())}
+    require(len(predictions) in moved, loss, f"no step of {steps} moves the gate {loss.beside!r}")
+    require(len(moved) == len(predictions) + 1, loss, f"of exits and gate only {sorted(moved)} are ever moved")
+
+
+def _check_descent(
+    loss: Loss, predictions: Sequence[Tensor], final: Tensor, targets: Tensor, moment: Moment
+) -> None:
     free = [p.detach().clone().requires_grad_() for p in predictions]
     step = torch.optim.Adam(free, lr=0.1)
     before, values = _agreement(free, final, targets), []
     for _ in range(50):
         step.zero_grad()
-        value = loss(free, final, targets)
+        value = loss(free, final, targets, moment=moment)
         require(value.dim() == 0, loss, "calling it must return one scalar")
         torch.autograd.backward(value)
         step.step()

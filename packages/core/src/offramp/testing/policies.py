@@ -9,14 +9,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from offramp._registry import policy_from
+from offramp._registry import lookup, names, policy_from
+from offramp.enable import enable
 from offramp.errors import BadArgument
-from offramp.kernels.confidence import confidence, cosine
+from offramp.gate import ExitGate
+from offramp.kernels.confidence import PREDICTION, confidence, cosine
 from offramp.policy import Evidence, ExitPolicy, State
+from offramp.record import record
 from offramp.testing import ContractError, require
+from offramp.trace import Outcome, simulate
 
 #: operations that make the host wait for the device
 _SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
@@ -52,11 +56,12 @@ def random_evidence(depths: Sequence[int], classes: int, rows: int, seed: int = 
         if rows > 1:
             hidden[1] = float("nan")
         logits = hidden @ readout
-        stats = confidence(logits, {"top1", "margin", "entropy", "label"})
+        stats = confidence(logits, PREDICTION)
         if index:
             stats["cosine"] = cosine(hidden, previous)
         stats["gate"] = stats["top1"] * torch.rand(rows, generator=chance)
-        stats["agrees"] = hidden[:, 0].sigmoid()
+        for place, name in enumerate(names(ExitGate)):  # what gates say is a probability that follows from the state
+            stats[lookup(ExitGate, name).statistic] = hidden[:, place % 8].sigmoid()
         previous, last = hidden, index == len(depths) - 1
         position = torch.arange(rows)
         out.append(Evidence(index, depth, index == 0, last, hidden, logits, classes, position, stats))
@@ -163,6 +168,25 @@ def check_ladder(policy: ExitPolicy, depths: Sequence[int], classes: int, eviden
             f"ladder is not ordered from safest to boldest: {rung} exits later than the one before",
         )
         before = mean
+
+
+def check_replay(policy: ExitPolicy, model: nn.Module, data: Any, batch_size: int = 8) -> Outcome:
+    """Raise unless `policy` does to the rows of a trace what it does to a model's own calls: same exits, same outputs.
+
+    model: with exits attached; data: a tensor of rows as the model takes them. Returns what the simulation says.
+    """
+    trace = record(model, data, logits=True, batch_size=batch_size)
+    outcome = simulate(trace, policy)
+    with torch.no_grad(), enable(model, policy) as run:
+        said = model(data)
+        depths = run.stats.last_depths
+    right = torch.equal(depths, outcome.depths)
+    require(right, policy, f"the run exits at {_say(depths)}, the simulation at {_say(outcome.depths)}")
+    assumed: Any = trace.logits
+    wanted = assumed[torch.arange(len(data)), outcome.columns]
+    close = torch.allclose(said.cpu().float(), wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
+    require(close, policy, "the run answers other than the exits of the simulation do")
+    return outcome
 
 
 @contextmanager

@@ -15,13 +15,14 @@ from offramp.blocks import BlockSpec, Call, Chain, learn_spec
 from offramp.enable import Run, paused
 from offramp.engine import LOGITS, SinglePass
 from offramp.errors import BadArgument, UnsupportedModel
+from offramp.gating import gate_of
 from offramp.head import HeadContext
 from offramp.policy import ExitPolicy, SchedulePolicy
 from offramp.record import evaluating
 from offramp_diffusers.heads.passthrough import Passthrough
 
 #: statistics of a prediction, and what is trained on them
-NOT_HERE = LOGITS | {"gate", "agrees"}
+NOT_HERE = LOGITS | {"gate"}
 #: tokens of text that the probe brings along, and where a config says how wide they are
 TEXT, TEXT_WIDTH = 3, ("caption_channels", "joint_attention_dim", "cross_attention_dim")
 
@@ -79,7 +80,7 @@ class DitBackbone(Backbone):
                 f"heads {run.exits.head!r} would not be used: at an exit of {kind} the model's own output layers read "
                 f'the state; attach with head="passthrough"'
             )
-        if looks := sorted(run.policy.statistics() & NOT_HERE):
+        if looks := _missing(run.policy):
             raise BadArgument(
                 f"{type(run.policy).__name__} looks at {', '.join(looks)} of a prediction, and an exit of {kind} has "
                 f"none: it hands the state to the model's own output layers. Policies that work here: "
@@ -121,9 +122,14 @@ def _fitting(run: Run) -> list[str]:
             example = lookup(ExitPolicy, name).example(run.exits.at, 0)
         except (BadArgument, TypeError):  # a third party's policy that cannot be made from nothing
             continue
-        if not example.statistics() & NOT_HERE and not isinstance(example, SchedulePolicy):
+        if not _missing(example) and not isinstance(example, SchedulePolicy):
             found.append(name)
     return found
+
+
+def _missing(policy: ExitPolicy) -> list[str]:
+    """Return what a policy looks at that exits here do not have."""
+    return sorted(s for s in policy.statistics() if s in NOT_HERE or gate_of(s))
 
 
 def _structure(model: nn.Module) -> None:

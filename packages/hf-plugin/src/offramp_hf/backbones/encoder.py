@@ -154,17 +154,26 @@ class Encoder(Backbone):
         return self.model(**self.inputs(batch))
 
     def observe(self, batch: Any, depths: Sequence[int], whole: bool = False) -> Observed:
-        """Return one row per input row; class labels [rows] become the targets, other labels are ignored."""
+        """Return one row per input row; class labels [rows] become the targets, of a regression numbers [rows] or
+        [rows, outputs]; other labels are ignored."""
         inputs = self.inputs(batch)
-        labels = inputs.pop("labels", None)
-        if labels is not None and (labels.is_floating_point() or labels.dim() != 1 or self._context.classes < 2):
-            labels = None
+        labels = self._targets(inputs.pop("labels", None))
         with self._chain.capture([*depths, self.depth]) as states:
             self.model(**inputs)
         mask = inputs.get("attention_mask")
         final = self.pool(states[self.depth], mask)
         sample = torch.arange(len(final), device=final.device)
         return Observed([self.pool(states[d], mask) for d in depths], final, labels, sample=sample)
+
+    def _targets(self, labels: Tensor | None) -> Tensor | None:
+        """Return labels that exits can be trained on, as the model itself reads them, or None."""
+        outputs = self._context.classes
+        kind = getattr(self.model.config, "problem_type", None) or ("regression" if outputs == 1 else None)
+        if labels is None:
+            return None
+        if kind == "regression":
+            return labels.float() if labels.numel() == len(labels) * outputs else None
+        return None if labels.is_floating_point() or labels.dim() != 1 else labels
 
     def drive(self, run: Run) -> Undo:
         """Let rows leave the batch inside the model's own forward."""
@@ -176,7 +185,8 @@ class Encoder(Backbone):
         if self._context.classes < 2 and run.policy.statistics() & PREDICTION:
             raise BadArgument(
                 f"{self.what} has one output (a regression), which has no probabilities for {run.policy}; use a policy "
-                f'that does not read them: offramp.enable(model, "fixed", depth={run.exits.at[0]}) or "saturation"'
+                f'that does not read them: offramp.enable(model, "patience", patience=1, tolerance=0.1), "agreement" '
+                f'with threshold=0.1, or "saturation"'
             )
         return EncoderPass(run, self._context.projection).install()
 

@@ -269,8 +269,9 @@ def untie(exits: Exits) -> Exits:
         raise BadArgument("untie needs a plain nn.Linear unembedding; detach adapters from it first")
     deltas = {d: exits[d].proj.get_delta_weight(ADAPTER) for d in exits.at}  # type: ignore[union-attr, operator]
     model, gate = exits.model, exits.gate and exits.gate_module
+    named = None if exits.gate is None else {"gate": exits.gate, **exits.gate_config}
     exits.detach()
-    own = offramp.attach(model, at=list(exits.at), head="linear", gate=exits.gate)
+    own = offramp.attach(model, at=list(exits.at), head="linear", gate=named)
     if gate:
         own.gate_module.load_state_dict(gate.state_dict())
     for depth in own:

@@ -1,0 +1,1 @@
+"""Gates, one file each; the file's stem is the gate's name."""
