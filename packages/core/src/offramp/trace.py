@@ -105,12 +105,16 @@ class Trace:
             digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def evidence(self, column: int, rows: Tensor) -> Evidence:
-        """Return what a policy would see at exit `column` for these rows [n] of indices."""
-        last = column == len(self.depths) - 2
-        stats = {k: v[rows, column] for k, v in self.stats.items()} | {"label": self.label[rows, column]}
-        logits = None if self.logits is None else self.logits[rows, column]
-        position = None if self.position is None else self.position[rows]
+    def evidence(self, column: int, rows: Tensor | None) -> Evidence:
+        """Return what a policy would see at exit `column` for these rows [n] of indices, None for all of them."""
+        last, every = column == len(self.depths) - 2, rows is None
+
+        def cut(table: Tensor) -> Tensor:
+            return table[:, column] if every else table[rows, column]
+
+        stats = {k: cut(v) for k, v in self.stats.items()} | {"label": cut(self.label)}
+        logits = None if self.logits is None else cut(self.logits)
+        position = self.position if self.position is None or every else self.position[rows]
         depth = self.depths[column]
         return Evidence(column, depth, column == 0, last, None, logits, self.classes, position, stats)
 
@@ -216,17 +220,7 @@ def simulate(trace: Trace, policy: str | ExitPolicy | Calibration | Mapping[str,
 
 def exit_columns(trace: Trace, policy: ExitPolicy) -> Tensor:
     """Return the column [N] at which each row leaves; the state of a row leaves with it, as in the live engine."""
-    held = {*trace.stats, "label"} | ({"prediction"} if trace.logits is not None else set())
-    if missing := policy.statistics() - held:
-        fix = "offramp.record(model, data, logits=True)" if "prediction" in missing else "offramp.record(model, data)"
-        if "gate" in missing:
-            fix += ", with head='speculative' and gates trained by offramp.fit(model, data, loss='speculative_gate')"
-        if "agrees" in missing:
-            fix += ", with attach(..., gate='linear') and the gate trained by offramp.fit(model, data, loss='gate')"
-        raise BadArgument(
-            f"the trace does not hold {', '.join(sorted(missing))} (it has: {', '.join(sorted(held))}), which "
-            f"{type(policy).__name__} looks at; record it again: {fix}"
-        )
+    check_holds(trace, policy)
     n, last = trace.label.shape[0], trace.label.shape[1] - 1
     columns = torch.full((n,), last)
     rows, state = torch.arange(n), policy.start(n, "cpu")
@@ -240,3 +234,18 @@ def exit_columns(trace: Trace, policy: ExitPolicy) -> Tensor:
         if not len(rows):
             break
     return columns
+
+
+def check_holds(trace: Trace, policy: ExitPolicy) -> None:
+    """Raise `BadArgument` when the policy looks at a statistic that the trace does not hold."""
+    held = {*trace.stats, "label"} | ({"prediction"} if trace.logits is not None else set())
+    if missing := policy.statistics() - held:
+        fix = "offramp.record(model, data, logits=True)" if "prediction" in missing else "offramp.record(model, data)"
+        if "gate" in missing:
+            fix += ", with head='speculative' and gates trained by offramp.fit(model, data, loss='speculative_gate')"
+        if "agrees" in missing:
+            fix += ", with attach(..., gate='linear') and the gate trained by offramp.fit(model, data, loss='gate')"
+        raise BadArgument(
+            f"the trace does not hold {', '.join(sorted(missing))} (it has: {', '.join(sorted(held))}), which "
+            f"{type(policy).__name__} looks at; record it again: {fix}"
+        )
