@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral
 from pathlib import Path
@@ -29,7 +29,7 @@ class Trace:
     """What every exit said about N rows; column k is the exit at `depths[k]`, the last column the full model.
 
     depths: K ascending depths in blocks, the attached exits and the full depth; costs: [K] cumulative cost of leaving
-    at each, by default in blocks; stats: [N, K] floats by name (top1, margin, entropy in nats, cosine with the
+    at each, in `unit`, ascending; stats: [N, K] floats by name (top1, margin, entropy in nats, cosine with the
     previous column, undefined in the first; of trained gates of heads their probability `gate`, 0 where the answer is
     no candidate, undefined in the last; of the gate that all exits share its probability `agrees`, 1 in the last);
     label: [N, K] argmax; classes: of the prediction; targets: [N] true labels, -100 for none; position: [N]; losses:
@@ -47,6 +47,7 @@ class Trace:
     losses: Tensor | None = None
     logits: Tensor | None = None
     model_hash: str = ""
+    unit: str = "blocks"
 
     def __post_init__(self) -> None:
         depths = tuple(int(d) for d in self.depths)
@@ -72,6 +73,26 @@ class Trace:
                 raise BadArgument(
                     f"{name} has shape {list(tensor.shape)}, expected {list(wanted[name])} (rows, depths)"
                 )
+        costs: Any = self.costs
+        if not bool(costs.isfinite().all() and costs[0] > 0 and (costs.diff() > 0).all()):
+            raise BadArgument(
+                f"costs must be above 0 and grow with depth, as leaving later runs more; got {costs.tolist()} for "
+                f"depths {list(self.depths)}: give the cost of everything that ran up to each exit"
+            )
+        self._in_range("label", self.label)
+        if self.targets is not None:
+            self._in_range("targets", self.targets[self.targets != UNLABELLED])
+
+    def _in_range(self, name: str, values: Tensor) -> None:
+        """Raise unless every value is one of the classes."""
+        if not values.numel():
+            return
+        low, high = values.min().item(), values.max().item()
+        if low < 0 or high >= self.classes:
+            raise BadArgument(
+                f"{name} must be whole numbers from 0 to {self.classes - 1} (classes={self.classes}), or {UNLABELLED} "
+                f"for a target that is not known; got values from {low} to {high}"
+            )
 
     def _arrays(self) -> dict[str, Tensor]:
         """Return every tensor by name, those of `stats` with a prefix."""
@@ -90,11 +111,24 @@ class Trace:
         cut: dict[str, Any] = {n: getattr(self, n) for n in ("label", *_OPTIONAL)}
         cut = {n: None if tensor is None else tensor[pick] for n, tensor in cut.items()}
         stats = {k: v[pick] for k, v in self.stats.items()}
-        return Trace(self.depths, stats, classes=self.classes, costs=self.costs, model_hash=self.model_hash, **cut)
+        kept = {n: getattr(self, n) for n in ("classes", "costs", "model_hash", "unit")}
+        return Trace(self.depths, stats, **kept, **cut)
 
     def __repr__(self) -> str:
         have = ", ".join([*self.stats, *(n for n in _OPTIONAL if getattr(self, n) is not None)])
         return f"Trace({len(self)} rows, depths={list(self.depths)}, {self.classes} classes: {have})"
+
+    def finite(self, needs: Iterable[str] = ()) -> Tensor:
+        """Return the mask [N] of rows whose statistics are finite, those of the predictions and those in `needs`.
+
+        Left out is what is undefined for every row: cosines of the first column, gates of the last.
+        """
+        found = torch.ones(len(self), dtype=torch.bool)
+        for name in ({"top1", "margin", "entropy"} | set(needs)) & set(self.stats):
+            table = self.stats[name]
+            table = table[:, 1:] if name == "cosine" else table[:, :-1] if name in ("gate", "agrees") else table
+            found &= table.isfinite().all(1)
+        return found
 
     @property
     def data_hash(self) -> str:
@@ -124,7 +158,8 @@ class Trace:
 
         from offramp.checkpoint import write_bytes
 
-        body = {"format": FORMAT, "depths": self.depths, "classes": self.classes, "model_hash": self.model_hash}
+        body: dict[str, Any] = {"format": FORMAT, "depths": self.depths}
+        body |= {name: getattr(self, name) for name in ("classes", "model_hash", "unit")}
         tensors = {k: v.contiguous().clone() for k, v in self._arrays().items()}  # safetensors refuses shared memory
         write_bytes(Path(path), save(tensors, {"trace": json.dumps({**body, "data_hash": self.data_hash})}))
 
@@ -154,6 +189,7 @@ class Trace:
                 stats,
                 classes=body["classes"],
                 model_hash=body["model_hash"],
+                unit=body.get("unit", "blocks"),  # files written before costs had a unit hold blocks
                 **{k: v for k, v in tensors.items() if k in known},
             )
             same = trace.data_hash == body["data_hash"]
