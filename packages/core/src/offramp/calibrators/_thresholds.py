@@ -95,4 +95,5 @@ def with_thresholds(
     if last is None and not closed:
         return made  # type: ignore[no-any-return]
     depth = None if last is None else trace.depths[last]
+    closed = tuple(d for d in closed if d != depth)
     return create(ExitPolicy, "budgeted", inner=made, closed=closed, last=depth)  # type: ignore[no-any-return]
