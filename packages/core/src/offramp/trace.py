@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral
 from pathlib import Path
@@ -139,15 +139,19 @@ class Trace:
             digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def evidence(self, column: int, rows: Tensor | None) -> Evidence:
-        """Return what a policy would see at exit `column` for these rows [n] of indices, None for all of them."""
+    def evidence(self, column: int, rows: Tensor | None, needs: Collection[str] | None = None) -> Evidence:
+        """Return what a policy would see at exit `column` for these rows [n] of indices, None for all of them.
+
+        needs: statistics wanted, None for all that the trace holds; "label" and "top1" come with any.
+        """
         last, every = column == len(self.depths) - 2, rows is None
 
         def cut(table: Tensor) -> Tensor:
             return table[:, column] if every else table[rows, column]
 
-        stats = {k: cut(v) for k, v in self.stats.items()} | {"label": cut(self.label)}
-        logits = None if self.logits is None else cut(self.logits)
+        wanted = self.stats if needs is None else {"top1", *needs}
+        stats = {k: cut(v) for k, v in self.stats.items() if k in wanted} | {"label": cut(self.label)}
+        logits = None if self.logits is None or not (needs is None or "prediction" in needs) else cut(self.logits)
         position = self.position if self.position is None or every else self.position[rows]
         depth = self.depths[column]
         return Evidence(column, depth, column == 0, last, None, logits, self.classes, position, stats)
@@ -259,9 +263,9 @@ def exit_columns(trace: Trace, policy: ExitPolicy) -> Tensor:
     check_holds(trace, policy)
     n, last = trace.label.shape[0], trace.label.shape[1] - 1
     columns = torch.full((n,), last)
-    rows, state = torch.arange(n), policy.start(n, "cpu")
+    rows, state, needs = torch.arange(n), policy.start(n, "cpu"), policy.statistics()
     for column in range(last):
-        seen = trace.evidence(column, rows)
+        seen = trace.evidence(column, rows if column else None, needs)
         stop, state = policy.step(state, seen)
         if "top1" in seen.stats:  # softmax makes every statistic of a row NaN at once, so one tells for all
             stop = stop & seen.stats["top1"].isfinite()

@@ -46,7 +46,7 @@ def sureness(trace: Trace, policy: ThresholdPolicy) -> Sureness:
     check_holds(trace, policy)
     table = np.empty((len(trace.depths) - 1, len(trace)), np.float32)
     for column, out in enumerate(table):
-        seen = trace.evidence(column, None)
+        seen = trace.evidence(column, None, policy.statistics())
         score = policy.score(seen) if type(policy).safer == "up" else -policy.score(seen)
         if "top1" in seen.stats:
             score = torch.where(seen.stats["top1"].isfinite(), score, -torch.inf)
