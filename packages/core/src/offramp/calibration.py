@@ -11,7 +11,7 @@ from typing import Any
 from offramp._registry import policy_from
 from offramp.calibrator import Certificate
 from offramp.checkpoint import read_json, write_text
-from offramp.errors import DamagedFile
+from offramp.errors import BadArgument, DamagedFile
 from offramp.policy import ExitPolicy
 from offramp.sets import LabelSets
 
@@ -66,6 +66,25 @@ class Calibration:
             raise DamagedFile(f"{path}: options is {options!r}, not a dict")
         made, note = policy_from(body["policy"]), body.get("note", "")
         return cls(made, certificate, note, options, sets, body.get("model_hash", ""))
+
+
+def promise_on(calibration: Calibration, model_hash: str, force: bool) -> Certificate | None:
+    """Return what is still promised on a model with this digest: the certificate, or None with `force` on another one.
+
+    Raises `BadArgument` for another model, other heads or other exits than the calibration was made on, unless
+    `force`d.
+    """
+    certificate = calibration.certificate
+    made_on = calibration.model_hash or ("" if certificate is None else certificate.model_hash)
+    if made_on in ("", model_hash):
+        return certificate
+    if not force:
+        raise BadArgument(
+            f"this calibration was made with other weights (model or heads {made_on}, these are {model_hash}): its "
+            f"thresholds mean nothing here and its certificate does not hold. Calibrate on this model: "
+            f"offramp.calibrate(offramp.record(model, data), ...); or take it without a certificate: force=True"
+        )
+    return None
 
 
 def _tuples(value: Any) -> Any:
