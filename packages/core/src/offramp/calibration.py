@@ -13,7 +13,7 @@ from offramp.calibrator import Certificate
 from offramp.checkpoint import read_json, write_text
 from offramp.errors import BadArgument, DamagedFile
 from offramp.policy import ExitPolicy
-from offramp.sets import LabelSets
+from offramp.sets import LabelSets as LabelSets
 
 FORMAT = 1
 

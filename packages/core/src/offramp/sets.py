@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,22 +55,3 @@ class LabelSets:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return {"depths": list(self.depths), "cuts": [list(c) if isinstance(c, tuple) else c for c in self.cuts]}
-
-
-def expected_rank(n: int, alpha: float) -> int:
-    """Return which of n scores, from the smallest on, gives coverage 1 - alpha on average; above n where none does."""
-    return math.ceil((n + 1) * (1 - alpha) - 1e-9)
-
-
-def certain_rank(n: int, alpha: float, delta: float) -> int:
-    """Return which of n scores gives coverage 1 - alpha with confidence 1 - delta; n + 1 where none does.
-
-    The least r with P(Binomial(n, alpha) <= n - r) <= delta: with a smaller one, so few misses among n rows would be
-    too likely at coverage 1 - alpha. Paper: Vovk, Conditional Validity of Inductive Conformal Predictors (2012).
-    """
-    from scipy.stats import binom
-
-    misses = int(binom.ppf(delta, n, alpha))  # the least with P(. <= misses) >= delta
-    while misses >= 0 and binom.cdf(misses, n, alpha) > delta:
-        misses -= 1
-    return n - misses

@@ -9,13 +9,12 @@ import numpy as np
 import torch
 
 from offramp._registry import register
-from offramp.calibration import Calibration
+from offramp.calibration import Calibration, LabelSets
 from offramp.calibrator import Calibrator, Certificate, Losses
 from offramp.calibrators._thresholds import Counts
 from offramp.errors import BadArgument
 from offramp.policy import ExitPolicy
-from offramp.pvalues import binomial_p, rows_needed
-from offramp.sets import LabelSets, certain_rank, expected_rank
+from offramp.pvalues import binomial_p, certain_rank, expected_rank, rows_needed
 from offramp.trace import UNLABELLED, Trace, exit_columns
 
 

@@ -87,7 +87,7 @@ def _check_promise(calibrator: Calibrator, found: Calibration, trace: Trace, ris
     require(0 < certificate.n <= len(trace), calibrator, f"n = {certificate.n} rows of a trace of {len(trace)}")
     columns = exit_columns(trace, found.policy)
     mean = missed(trace, found, columns).mean() if risk == "miscoverage" else losses(trace, columns, risk).mean()
-    require(mean <= certificate.alpha, calibrator, f"the risk on the trace itself is {mean:.4g}, above alpha")
+    require(float(mean) <= certificate.alpha, calibrator, f"the risk on the trace itself is {mean:.4g}, above alpha")
 
 
 def missed(trace: Trace, found: Calibration, columns: torch.Tensor) -> torch.Tensor:
