@@ -45,7 +45,7 @@ def calibrate(
     its = {k: v for k, v in options.items() if k in of_policy}
     exits = trace.depths[:-1]
     made = make_policy(policy, exits, **its) if kind.keeps else template(policy, exits, trace.classes, **its)
-    check_rows(trace, made)
+    check_rows(trace, made, chosen)
     with_method = create(Calibrator, method, **{k: v for k, v in options.items() if k in of_method})
     found: Calibration = with_method.fit(trace, made, alpha=alpha, delta=delta, risk=chosen)
     return dataclasses.replace(found, model_hash=trace.model_hash)
@@ -61,8 +61,11 @@ def choose_risk(kind: type[Calibrator], method: str, risk: str | None) -> str:
     return risk
 
 
-def check_rows(trace: Trace, policy: ExitPolicy) -> None:
-    """Raise `BadArgument` for rows that no promise could be made from: not finite, or all of one class."""
+def check_rows(trace: Trace, policy: ExitPolicy, risk: str) -> None:
+    """Raise `BadArgument` for rows that no promise could be made from: not finite, or all of one class.
+
+    Heads that predict a number have one output and no classes, and only losses say how right they are.
+    """
     finite = trace.finite(policy.statistics())
     if not bool(finite.all()):
         odd = (~finite).nonzero().squeeze(-1)
@@ -71,10 +74,10 @@ def check_rows(trace: Trace, policy: ExitPolicy) -> None:
             f"or a head gave NaN there. Mend it, or leave them out, and promise nothing for such rows: "
             f"trace = trace[trace.finite()]"
         )
-    if trace.classes < 2:
+    if trace.classes < 2 and risk != "excess_loss":
         raise BadArgument(
-            f"the trace has {trace.classes} class: every exit is right, so there is nothing to calibrate; a classifier "
-            f"has at least 2"
+            f"the trace has {trace.classes} class, so no exit ever differs and {risk!r} is always 0; for heads that "
+            f"predict a number use risk='excess_loss'"
         )
     known = None if trace.targets is None else trace.targets[trace.targets != UNLABELLED]
     if known is not None and len(known) > 1 and bool((known == known[0]).all()):

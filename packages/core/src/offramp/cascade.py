@@ -145,7 +145,7 @@ class Cascade(nn.Module):
         whole = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
         return Trace(
             self.depths,
-            {k: whole[k] for k in ("top1", "margin", "entropy")},
+            {k: whole[k] for k in sorted(STATISTICS - {"label"})},
             label=whole["label"],
             classes=whole["logits"].shape[-1],
             costs=price,

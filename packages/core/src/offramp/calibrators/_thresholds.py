@@ -18,6 +18,8 @@ from offramp.trace import Trace, check_holds
 Sureness = np.ndarray[Any, np.dtype[np.float32]]
 #: [exits, rows] of whole numbers
 Counts = np.ndarray[Any, np.dtype[np.int64]]
+#: by how much a score computed in float32 may exceed the largest that there is
+ROUNDING = 1e-5
 
 
 def simple(policy: ExitPolicy) -> bool:
@@ -28,9 +30,13 @@ def simple(policy: ExitPolicy) -> bool:
     )
 
 
-def threshold_policy(policy: ExitPolicy, method: str) -> ThresholdPolicy:
-    """Return the policy; raises `BadArgument` unless it compares one score with one threshold per exit."""
-    if isinstance(policy, ThresholdPolicy) and simple(policy):
+def threshold_policy(policy: ExitPolicy, method: str, exact: bool = False) -> ThresholdPolicy:
+    """Return the policy; raises `BadArgument` unless it compares one score with one threshold per exit.
+
+    exact: it must do so as `ThresholdPolicy` does, as certificates need, and not in a way of its own, such as letting
+    scores that equal the threshold pass on the other side.
+    """
+    if isinstance(policy, ThresholdPolicy) and (simple(policy) or not exact):
         return policy
     raise BadArgument(
         f"{method} sets one threshold per exit, and {type(policy).__name__} has none that it could set; use e.g. "
@@ -86,10 +92,7 @@ def with_thresholds(
     if last is None and all(v is None for v in values):
         return create(ExitPolicy, "never")  # type: ignore[no-any-return]
     grid = policy.grid(trace.classes)
-    low, high = min(grid[0], grid[-1]), max(grid[0], grid[-1])
-    if type(policy).safer == "up":  # rounding may have put a cosine above 1; no rung is higher, and none need be
-        low = -np.inf
-    kept = tuple(float(grid[0]) if v is None else float(np.clip(v, low, high)) for v in values)
+    kept = tuple(float(grid[0]) if v is None else _allowed(float(v), grid) for v in values)
     made: Any = dataclasses.replace(policy, threshold=kept)  # type: ignore[type-var]
     closed = tuple(d for d, v in zip(trace.depths, values, strict=False) if v is None)
     if last is None and not closed:
@@ -97,3 +100,10 @@ def with_thresholds(
     depth = None if last is None else trace.depths[last]
     closed = tuple(d for d in closed if d != depth)
     return create(ExitPolicy, "budgeted", inner=made, closed=closed, last=depth)  # type: ignore[no-any-return]
+
+
+def _allowed(value: float, grid: Sequence[float]) -> float:
+    """Return a threshold that a policy takes: rounding may have put a cosine above 1, or a gate's probability at 0."""
+    if grid[-1] < grid[0] < value <= grid[0] + ROUNDING:
+        return float(grid[0])
+    return float(np.finfo(np.float32).tiny) if value == 0 < grid[-1] < grid[0] else value

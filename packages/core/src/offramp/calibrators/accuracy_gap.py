@@ -56,7 +56,7 @@ class AccuracyGap(Calibrator):
         """Return the certified policy, or `never` without a certificate and a note that says why."""
         if not self.conditional:
             return certify(trace, policy, alpha=alpha, delta=delta, risk=risk)
-        score = threshold_policy(policy, "accuracy_gap with conditional=True")
+        score = threshold_policy(policy, "accuracy_gap with conditional=True", exact=True)
         rows = counted(trace, risk)
         kept = np.arange(len(trace)) if rows is None else rows.nonzero().squeeze(-1).numpy()
         if not len(kept):

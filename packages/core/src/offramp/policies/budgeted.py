@@ -13,7 +13,7 @@ from torch import Tensor
 from offramp._registry import create, register
 from offramp.errors import BadArgument
 from offramp.policies._wrapping import wrapped
-from offramp.policy import Evidence, ExitPolicy, Feedback, State
+from offramp.policy import Evidence, ExitPolicy, Feedback, State, ThresholdPolicy
 
 
 @register("budgeted")
@@ -65,7 +65,7 @@ class Budgeted(ExitPolicy):
 
     def opens(self, depth: int) -> bool:
         """Whether a row could stop there; a policy with a memory has to look at closed exits too."""
-        forgetful = not self.inner.start(1, "cpu")
+        forgetful = type(self.inner).step is ThresholdPolicy.step
         return depth == self.last or (self.inner.opens(depth) and not (forgetful and depth in self.closed))
 
     def check(self, depths: Sequence[int]) -> None:

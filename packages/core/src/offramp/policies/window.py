@@ -37,7 +37,7 @@ class Window(ExitPolicy):
     def __post_init__(self) -> None:
         made = create(ExitPolicy, self.inner, threshold=0.5) if isinstance(self.inner, str) else self.inner
         object.__setattr__(self, "inner", wrapped(made, "window"))
-        if not isinstance(self.inner, ThresholdPolicy) or self.inner.start(1, "cpu"):
+        if not isinstance(self.inner, ThresholdPolicy) or type(self.inner).step is not ThresholdPolicy.step:
             raise BadArgument(
                 f"window: {type(self.inner).__name__} has no score of a single exit to read; use confidence, margin or "
                 f"entropy"
