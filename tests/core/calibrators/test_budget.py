@@ -9,6 +9,7 @@ import torch
 import offramp
 from offramp import Trace
 from offramp.calibrators._quota import bisect, fill, geometric
+from offramp.calibrators.budget import Budget
 from offramp.errors import BadArgument
 from offramp.testing.calibrators import toy_trace
 
@@ -47,10 +48,12 @@ def test_golden_mixes(j, shares):
 def by_hand(sure, shares):
     """The solver as a plain double loop over exits and rows."""
     k, n = sure.shape
-    left, out = [None] * n, []
+    left, out, over = [None] * n, [], 0
     for e in range(k):
         alive = sorted((i for i in range(n) if left[i] is None and sure[e, i] > -np.inf), key=lambda i: -sure[e, i])
-        quota = min(len(alive), math.floor(n * shares[e] + 1e-9))
+        wanted = math.floor(n * shares[e] + 1e-9) + over
+        quota = min(len(alive), wanted)
+        over = wanted - quota
         cut = sure[e, alive[quota - 1]] if quota else None
         out.append(cut)
         for i in alive:
@@ -78,6 +81,25 @@ def test_the_budget_is_met_on_the_trace_and_on_other_rows(name, budget):
     assert budget * (1 - 1e-3) <= on[0] <= budget
     assert on[1] == pytest.approx(budget, rel=0.01)
     assert cal.certificate is None and "uncertified" in cal.note and "blocks" in cal.note
+
+
+@pytest.mark.parametrize("method", ["budget", "exponential_weights", "search"])
+def test_an_exit_without_scores_takes_no_part(method):
+    """Cosines start at the second exit, so what is cheapest there is 4 blocks; 4.8 is met, and 3.9 refused."""
+    given = {"method": method, {"search": "average"}.get(method, "budget"): 4.8}
+    cal = offramp.calibrate(toy_trace(20_000), "saturation", **given)
+    assert offramp.simulate(toy_trace(20_000, seed=1), cal).cost_mean == pytest.approx(4.8, rel=0.01)
+    with pytest.raises(BadArgument, match="between 4 blocks .all rows leave at depth 4"):
+        offramp.calibrate(toy_trace(), "saturation", **{k: 3.9 if v == 4.8 else v for k, v in given.items()})
+
+
+def test_a_score_that_few_rows_have_does_not_break_the_budget():
+    """At the first exit 5 % of the rows have a score at all, and the share that it cannot take goes to the next."""
+    trace = toy_trace(4000)
+    trace.stats["cosine"][:, 1] = torch.where(torch.rand(4000) < 0.05, trace.stats["cosine"][:, 1], -torch.inf)
+    policy = offramp.policy("saturation", threshold=0.9)
+    cal = Budget(budget=5.95).fit(trace, policy, alpha=0.1, delta=0.1, risk="disagreement")
+    assert offramp.simulate(trace, cal).cost_mean == pytest.approx(5.95, rel=1e-3)
 
 
 def test_on_real_rows_too(digits):

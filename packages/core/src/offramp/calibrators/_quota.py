@@ -23,16 +23,19 @@ def fill(sure: Sureness, shares: Losses) -> tuple[Cuts, Counts]:
     """Let each exit in turn keep the rows it is surest of, up to its share of all rows.
 
     sure: [exits, N]; shares: [exits + 1], adding up to 1. Returns the cuts and the exit at which each row leaves [N].
-    A share of less than one row closes an exit; the last rows fill it where fewer are left; rows as sure as the last
-    one leave with it. Paper: MSDNet (Huang et al., arXiv 1703.09844).
+    A share of less than one row closes an exit; rows as sure as the last one leave with it. What an exit cannot fill,
+    as too few rows have a score there, goes to the next: else fewer rows would leave early the more are to leave first.
+    Paper: MSDNet (Huang et al., arXiv 1703.09844).
     """
-    n = sure.shape[1]
+    n, over = sure.shape[1], 0
     alive, columns = np.arange(n), np.full(n, len(sure))
     cuts: list[float | None] = []
     for column, row in enumerate(sure):
         here = row[alive]
         able = int(np.count_nonzero(here > -np.inf))
-        quota = min(able, math.floor(n * shares[column] + 1e-9))  # 9 * (1/3) may be 2.9999999
+        wanted = math.floor(n * shares[column] + 1e-9) + over  # 9 * (1/3) may be 2.9999999
+        quota = min(able, wanted)
+        over = wanted - quota
         if quota < 1:
             cuts.append(None)
             continue
@@ -44,11 +47,13 @@ def fill(sure: Sureness, shares: Losses) -> tuple[Cuts, Counts]:
     return tuple(cuts), columns
 
 
-def geometric(q: float, exits: int) -> Losses:
-    """Return the shares proportional to q, q^2, ..., q^exits."""
-    power = math.log(q) * np.arange(1, exits + 1)
-    share = np.exp(power - power.max())
-    return np.asarray(share / share.sum(), np.float64)
+def geometric(q: float, exits: int, columns: Counts | None = None) -> Losses:
+    """Return shares [exits] proportional to q, q^2, ..., q^exits; only those of `columns`, where given, and 0 else."""
+    kept = np.arange(exits) if columns is None else columns
+    power = math.log(q) * np.arange(1, len(kept) + 1)
+    share, out = np.exp(power - power.max()), np.zeros(exits)
+    out[kept] = share / share.sum()
+    return out
 
 
 def bisect(sure: Sureness, costs: Losses, budget: float, shares: Callable[[float], Losses]) -> tuple[Cuts, Counts]:
@@ -71,18 +76,26 @@ def bisect(sure: Sureness, costs: Losses, budget: float, shares: Callable[[float
     return best
 
 
-def asked_budget(trace: Trace, budget: float | None, method: str) -> float:
-    """Return the budget, half of the full cost for None; raises `BadArgument` unless exits can meet it.
+def usable(sure: Sureness) -> Counts:
+    """Return the columns at which rows can leave, the full model among them; a cosine has no score at the first exit.
+    """
+    return np.append(np.nonzero((sure > -np.inf).any(1))[0], len(sure))
+
+
+def asked_budget(trace: Trace, budget: float | None, method: str, columns: Counts) -> float:
+    """Return the budget, midway between the usable columns for None; raises `BadArgument` unless these can meet it.
 
     A budget is a mean cost per row in the trace's own unit, between those of the first exit and of the full model.
     """
-    costs, unit = np.asarray(trace.costs), trace.unit
-    asked: Any = float(costs[-1]) / 2 if budget is None else budget
-    if isinstance(asked, bool) or not isinstance(asked, (int, float)) or not costs[0] < asked < costs[-1]:
+    costs, unit, first = np.asarray(trace.costs), trace.unit, int(columns[0])
+    middle = float(costs[first] + costs[-1]) / 2
+    asked: Any = middle if budget is None else budget
+    if first == len(costs) - 1:
+        raise BadArgument(f"{method}: the policy has no score at any exit, so no row could leave; use another policy")
+    if isinstance(asked, bool) or not isinstance(asked, (int, float)) or not costs[first] < asked < costs[-1]:
         raise BadArgument(
-            f"{method}: budget={asked!r} must lie between {costs[0]:g} {unit} (all rows leave at depth "
-            f"{trace.depths[0]}) and {costs[-1]:g} {unit} (the full model), both excluded; e.g. "
-            f"budget={(costs[0] + costs[-1]) / 2:g}"
+            f"{method}: budget={asked!r} must lie between {costs[first]:g} {unit} (all rows leave at depth "
+            f"{trace.depths[first]}) and {costs[-1]:g} {unit} (the full model), both excluded; e.g. budget={middle:g}"
         )
     return float(asked)
 

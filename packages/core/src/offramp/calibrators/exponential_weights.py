@@ -10,7 +10,7 @@ import torch
 from offramp._registry import register
 from offramp.calibration import Calibration
 from offramp.calibrator import Calibrator, Losses
-from offramp.calibrators._quota import answer, asked_budget, fill
+from offramp.calibrators._quota import answer, asked_budget, fill, usable
 from offramp.calibrators._thresholds import sureness, threshold_policy
 from offramp.errors import BadArgument
 from offramp.policy import ExitPolicy, ThresholdPolicy
@@ -22,12 +22,12 @@ from offramp.trace import UNLABELLED, Trace
 class ExponentialWeights(Calibrator):
     """Give exit k the share pi_k proportional to exp(-beta (risk_k + lam cost_k)), lam such that the budget is met.
 
-    budget: mean cost per row in the unit of `trace.costs`, half of the full model's when None; beta: weight of the
-    risks against even shares, above 0; rounds: how often the risks are measured again on the rows that each exit keeps
-    (0: on all rows). risk_k is the share of labelled rows that exit k answers wrong, without labels of rows on which it
-    differs from the full model. Each exit keeps its surest rows. Uncertified. Raises `BadArgument`. Paper: EERO (arXiv
-    2402.03779), reconstructed from its abstract: the best shares are those of least mean risk + (1 / beta) KL(shares
-    from even ones) at that mean cost.
+    budget: mean cost per row in the unit of `trace.costs`, midway between the first exit and the full model when None;
+    beta: weight of the risks against even shares, above 0; rounds: how often the risks are measured again on the rows
+    that each exit keeps (0: on all rows). risk_k is the share of labelled rows that exit k answers wrong, without
+    labels of rows on which it differs from the full model. Each exit keeps its surest rows. Uncertified. Raises
+    `BadArgument`. Paper: EERO (arXiv 2402.03779), reconstructed from its abstract: the best shares are those of least
+    mean risk + (1 / beta) KL(shares from even ones) at that mean cost.
     """
 
     takes = ThresholdPolicy
@@ -44,14 +44,21 @@ class ExponentialWeights(Calibrator):
     def fit(self, trace: Trace, policy: ExitPolicy, *, alpha: float, delta: float, risk: str) -> Calibration:
         """Return the policy with one threshold per exit; alpha and delta are not used, risk is measured."""
         score = threshold_policy(policy, "exponential_weights")
-        asked, costs = asked_budget(trace, self.budget, "exponential_weights"), np.asarray(trace.costs)
-        table, wrong = sureness(trace, score), _wrong(trace)
-        shares = weights(np.nanmean(wrong, 1), costs, asked, self.beta)
+        table, wrong, costs = sureness(trace, score), _wrong(trace), np.asarray(trace.costs)
+        columns = usable(table)
+        asked = asked_budget(trace, self.budget, "exponential_weights", columns)
+
+        def weigh(errors: Losses) -> Losses:
+            shares = np.zeros(len(costs))
+            shares[columns] = weights(errors[columns], costs[columns], asked, self.beta)
+            return shares
+
+        shares = weigh(np.nanmean(wrong, 1))
         found = fill(table, shares)
         for _ in range(self.rounds):
             kept = [wrong[k, found[1] == k] for k in range(len(costs))]
             errors = [np.nanmean(w) if np.isfinite(w).any() else np.nanmean(wrong[k]) for k, w in enumerate(kept)]
-            shares = weights(np.array(errors), costs, asked, self.beta)
+            shares = weigh(np.array(errors))
             found = fill(table, shares)
         said = ", ".join(f"{s:.3f}" for s in shares)
         made, note = answer(trace, score, found, risk, f"shares {said} for budget {asked:.4g} {trace.unit}")

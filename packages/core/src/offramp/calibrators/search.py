@@ -13,7 +13,7 @@ import torch
 from offramp._registry import register
 from offramp.calibration import Calibration
 from offramp.calibrator import Calibrator, Losses
-from offramp.calibrators._quota import Cuts, asked_budget, bisect, fill, geometric
+from offramp.calibrators._quota import Cuts, asked_budget, bisect, fill, geometric, usable
 from offramp.calibrators._thresholds import Counts, Sureness, sureness, threshold_at, threshold_policy, with_thresholds
 from offramp.errors import BadArgument, OfframpError
 from offramp.policy import ExitPolicy, ThresholdPolicy
@@ -31,10 +31,10 @@ class Search(Calibrator):
 
     average: most mean cost per row; peak: most cost of any row, in the unit of `trace.costs`; memory: most of `sizes`,
     which says for each column of the trace what a model cut there takes, e.g. its weights in bytes. Rows leave at the
-    deepest exit within peak and memory (policy `budgeted`, its `last`). Half of the full cost on average when no limit
-    is given. trials: of the search, which starts from the shares of method "budget"; seed: of the search. Needs optuna.
-    Uncertified. Raises `BadArgument` for limits that no exit meets. Paper: DeeR-VLA (Yue et al., arXiv 2411.02359),
-    which searches thresholds under such limits by the success of whole tasks.
+    deepest exit within peak and memory (policy `budgeted`, its `last`). Midway between the first exit and the full
+    model on average when no limit is given. trials: of the search, which starts from the shares of method "budget";
+    seed: of the search. Needs optuna. Uncertified. Raises `BadArgument` for limits that no exit meets. Paper: DeeR-VLA
+    (Yue et al., arXiv 2411.02359), which searches thresholds under such limits by the success of whole tasks.
     """
 
     takes = ThresholdPolicy
@@ -61,11 +61,14 @@ class Search(Calibrator):
         """Return the policy with one threshold per exit; alpha and delta are not used, risk is what is minimised."""
         score, last = threshold_policy(policy, "search"), self._last(trace)
         nothing = (self.average, self.peak, self.memory) == (None, None, None)
-        limit = None if self.average is None and not nothing else asked_budget(trace, self.average, "search")
         space = Space.of(trace, score, risk, last)
+        columns = usable(space.sure)
+        limit = None
+        if self.average is not None or nothing:
+            limit = asked_budget(trace, self.average, "search", columns)
         part, starts = space.part(SAMPLE, self.seed), list[Counts]()
         if limit is not None:
-            starts = [bisect(part.sure, part.costs, limit, lambda t: geometric(np.exp(t), last + 1))[1]]
+            starts = [bisect(part.sure, part.costs, limit, lambda t: geometric(np.exp(t), last + 1, columns))[1]]
         front = _search(part, starts, self.trials, self.seed)
         points = [part.at(shares, limit) for shares in front]
         chosen = min(range(len(front)), key=lambda i: (points[i].loss, points[i].cost))
