@@ -192,7 +192,8 @@ def test_a_budget_in_measured_operations_is_met(pair, digits):
 @pytest.mark.parametrize("task", ["selective", "ood", "both"])
 def test_windows_for_three_tasks(pair, digits, task):
     """Half of the rows are noise from elsewhere. A window of a tenth on either side sends a fifth of the rows on, and
-    solves the task better than the fifth of the rows with the least confidence sent on, which costs as much."""
+    solves the task better than the fifth of the rows with the least confidence sent on, which costs as much. The points
+    lie amid the scores: near their low end (tpr 0.8 here) window and least confident are nearly the same rows."""
     x, y = digits[2:]
     if task != "selective":
         x = torch.cat([x, torch.rand(len(x), 64)])
