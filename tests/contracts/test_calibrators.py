@@ -1,6 +1,7 @@
 """Every registered calibrator keeps the contract; and calibrators that break one rule each are caught."""
 
 import dataclasses
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -39,6 +40,17 @@ def test_contract_with_every_policy_that_can_be_calibrated(name, policy):
 def test_contract_with_too_few_rows():
     found = check_calibrator(create(Calibrator, "fixed_sequence"), toy_trace(rows=10))
     assert found.certificate is None and found.policy == offramp.policy("never")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", offramp.names(Calibrator))
+def test_many_rows_take_seconds(name):
+    """200,000 rows of 12 exits in 4 s; a million take five times as long, and may take 10 s on a machine to itself."""
+    trace = toy_trace(200_000, depths=tuple(range(1, 13)))
+    policy = offramp.policy("confidence", threshold=0.8)
+    start = time.perf_counter()
+    offramp.calibrate(trace, policy, method=name, alpha=0.1)
+    assert time.perf_counter() - start < 4
 
 
 class Wrong(Calibrator):

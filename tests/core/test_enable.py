@@ -214,3 +214,25 @@ def test_options_are_those_of_the_public_surface():
 def test_no_policy_has_an_option_of_that_name(name):
     """`enable` would keep it for itself, and the policy would never see it."""
     assert not set(inspect.signature(lookup(offramp.ExitPolicy, name)).parameters) & set(OPTIONS)
+
+
+@pytest.mark.parametrize("method", ["fixed_sequence", "budget"])
+@pytest.mark.parametrize("other", ["head", "model", "exits"])
+def test_a_calibration_of_other_weights_or_exits_is_refused_unless_forced(model, other, method):
+    """Also an uncertified one: its thresholds were measured on the other model."""
+    exits = offramp.attach(model, [2, 4], head="linear")
+    trace = offramp.record(model, torch.randn(300, 3, 8))
+    cal = offramp.calibrate(trace, "confidence", method=method, alpha=0.5)
+    with offramp.enable(model, cal) as run:
+        assert run.certificate == cal.certificate
+    if other == "exits":
+        exits.detach()
+        offramp.attach(model, [2, 3], head="linear")
+    else:
+        with torch.no_grad():
+            weight = exits[4].proj.weight if other == "head" else model.blocks[0].up.weight
+            weight.mul_(2)
+    with pytest.raises(BadArgument, match="made with other weights.*offramp.calibrate.*force=True"):
+        offramp.enable(model, cal)
+    with offramp.enable(model, cal, force=True) as run:
+        assert run.certificate is None and run.policy == cal.policy

@@ -77,3 +77,39 @@ def test_importing_offramp_does_not_import_scipy():
     code = f"import {modules}; print('scipy' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
+
+
+# mean, n, alpha: Hoeffding's relative entropy, e times the binomial, plain Hoeffding
+PARTS = [
+    (0.07, 1000, 0.1, 0.00397675, 0.00156164),
+    (0.0, 100, 0.1, 2.65614e-5, 7.22014e-5),
+    (0.03, 500, 0.05, 0.0869738, 0.0539807),
+    (0.04, 200, 0.1, 0.00633877, 0.00377307),
+]
+
+
+@pytest.mark.parametrize(("mean", "n", "alpha", "hoeffding", "bentkus"), PARTS)
+def test_it_is_the_smaller_of_two(mean, n, alpha, hoeffding, bentkus):
+    assert hoeffding_bentkus_p(mean, n, alpha) == pytest.approx(min(hoeffding, bentkus), rel=2e-6)
+    assert math.e * binomial_p(round(mean * n), n, alpha) == pytest.approx(bentkus, rel=2e-6)
+    assert binomial_p(0, 100, 0.1) == pytest.approx(2.65614e-5, rel=2e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.05, 0.1, 0.3])
+@pytest.mark.parametrize("n", [25, 200, 1000, 4096])
+def test_they_are_mapies(n, alpha):
+    """Losses of 0 and 1 and of eighths, so that n times the mean is exact in floats and both round it alike."""
+    methods = pytest.importorskip("mapie.risk_control.methods")
+    counts = np.unique(np.linspace(0, int(1.2 * alpha * n) + 1, 40).astype(int))
+    means = np.concatenate([counts / n, (counts + 0.125) / n])
+    exact = np.abs(np.round(means * n * 8) - means * n * 8) == 0
+    means = means[exact & (means < alpha)]
+    assert len(means) > 3 or n * alpha < 3
+    ours = [hoeffding_bentkus_p(float(m), n, alpha) for m in means]
+    theirs = methods.compute_hoeffding_bentkus_p_value(means, n, alpha)[:, 0]
+    assert np.allclose(ours, np.minimum(theirs, 1), rtol=0, atol=1e-9)
+    whole = means[means * n == np.round(means * n)]
+    binary = methods.compute_hoeffding_bentkus_p_value(whole, n, alpha, binary=True)[:, 0]
+    exactly = np.array([binomial_p(round(m * n), n, alpha) for m in whole])
+    h1 = np.array([hoeffding_bentkus_p(float(m), n, alpha) for m in whole])
+    assert np.allclose(np.minimum(exactly, h1), binary, rtol=0, atol=1e-9)

@@ -1,7 +1,7 @@
 """The trace: shapes, slices, files, and the replay of policies, against tables worked out by hand."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -131,7 +131,7 @@ def test_some_rows(rows, kept):
 
 
 def everything():
-    trace = toy_trace(rows=30)
+    trace = replace(toy_trace(rows=30), unit="seconds")
     trace.stats["top1"][3, 1] = NAN
     return trace
 
@@ -145,6 +145,7 @@ def test_round_trip_is_exact(tmp_path):
     for name, tensor in ours.items():
         assert tensor.dtype == theirs[name].dtype and torch.equal(tensor.nan_to_num(7.0), theirs[name].nan_to_num(7.0))
     assert (again.depths, again.classes, again.model_hash) == (trace.depths, trace.classes, trace.model_hash)
+    assert again.unit == trace.unit == "seconds"
     assert again.data_hash == trace.data_hash
     assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"], "nothing temporary is left"
 
@@ -218,6 +219,13 @@ def test_damaged_files_are_refused(tmp_path, how, message):
         (lambda: small(targets=torch.zeros(3)), "targets has shape"),
         (lambda: small(costs=torch.zeros(2)), "costs has shape"),
         (lambda: small(logits=torch.zeros(4, 3, 5)), "logits has shape"),
+        (lambda: small(costs=torch.tensor([3.0, 2.0, 6.0])), r"costs must .* grow with depth.*\[3.0, 2.0, 6.0\]"),
+        (lambda: small(costs=torch.tensor([2.0, 2.0, 6.0])), "costs must"),
+        (lambda: small(costs=torch.tensor([0.0, 2.0, 6.0])), "above 0"),
+        (lambda: small(costs=torch.tensor([1.0, NAN, 6.0])), "costs must"),
+        (lambda: small(targets=torch.tensor([0, 1, 2, 4])), r"targets must be .* 0 to 3 \(classes=4\).*from 0 to 4"),
+        (lambda: small(targets=torch.tensor([0, -1, 2, 3])), "or -100 for a target .*from -1 to 3"),
+        (lambda: small(classes=3), "label must be whole numbers from 0 to 2"),
         (lambda: Trace((2, 2, 6), {}, torch.zeros(1, 3), 4), "depths must be ascending"),
         (lambda: Trace((6,), {}, torch.zeros(1, 1), 4), "an exit and the full depth"),
         (lambda: offramp.simulate(small()[[]], "never"), "the trace has no rows"),

@@ -154,8 +154,10 @@ def test_enable_runs_a_calibration_as_it_was_recorded(model, prompts, tmp_path):
     with pytest.warns(UserWarning, match="made with {'kv': 'propagate'}: its certificate does not hold"):
         offramp.enable(model, cal, kv="catch_up").disable()
     model.lm_head.weight.data.mul_(2)
-    with pytest.warns(UserWarning, match="made with other weights"):
-        offramp.enable(model, cal).disable()
+    with pytest.raises(BadArgument, match="made with other weights"):
+        offramp.enable(model, cal)
+    with offramp.enable(model, cal, force=True) as run:
+        assert run.certificate is None and run.policy == cal.policy
 
 
 def test_strings_need_a_tokenizer(model):

@@ -10,7 +10,7 @@ PACKAGES = Path(__file__).parents[2] / "packages"
 CORE = "offramp"
 PLUGINS = ("offramp_hf", "offramp_diffusers", "offramp_vision")
 FRAMEWORKS = {"transformers", "diffusers", "timm", "peft", "torchvision", "accelerate"}
-CORE_MAY_USE = {"torch", "numpy", "scipy", "pluggy", "safetensors", "typer", "rich", "triton"}
+CORE_MAY_USE = {"torch", "numpy", "scipy", "pluggy", "safetensors", "typer", "rich", "triton", "optuna"}
 
 CONTRACTS = {f"offramp.{name}" for name in ("policy", "head", "gate", "calibrator", "backbone", "loss", "errors")}
 FOLDERS = tuple(f"offramp.{name}" for name in ("policies", "heads", "gates", "calibrators", "losses"))

@@ -10,8 +10,12 @@ from scipy.stats import binom
 
 import offramp
 from offramp import Trace
-from offramp.policy import UNIT_GRID
+from offramp._registry import lookup
+from offramp.calibrators._walk import _all_at_once
+from offramp.policy import UNIT_GRID, ExitPolicy
+from offramp.risks import losses
 from offramp.testing.calibrators import toy_trace
+from offramp.trace import exit_columns
 
 
 def one_exit(top1, wrong, **more):
@@ -140,3 +144,35 @@ def test_the_test_above_can_fail():
         boldest = min(t for t in UNIT_GRID if (wrong & (top1 >= t)).mean() <= ALPHA)
         broken += true_risk(offramp.policy("confidence", threshold=boldest)) > ALPHA
     assert broken / TRIALS > DELTA + 3 * math.sqrt(DELTA * (1 - DELTA) / TRIALS)
+
+
+@pytest.mark.parametrize("policy", ["confidence", "margin", "entropy", "saturation"])
+@pytest.mark.parametrize("risk", ["disagreement", "accuracy_drop", "excess_loss"])
+def test_one_pass_per_exit_is_the_replay_of_every_rung(policy, risk):
+    """Also with rows that have no label, and scores that are exactly on a rung."""
+    trace = toy_trace(500)
+    trace.targets[::7] = -100
+    trace.stats["top1"][:50] = trace.stats["top1"][:50].double().mul(100).round().div(100).float()
+    trace.stats["margin"][:50] = trace.stats["margin"][:50].double().mul(100).round().div(100).float()
+    made = lookup(ExitPolicy, policy).example(trace.depths[:-1], 5)
+    found = list(_all_at_once(trace, made, risk))
+    wanted = [losses(trace, exit_columns(trace, rung), risk) for rung in made.ladder(trace.depths[:-1], 5)]
+    assert [n for _, n in found] == [len(w) for w in wanted]
+    assert [m for m, _ in found] == pytest.approx([w.mean() for w in wanted], abs=1e-12)
+    assert len({m for m, _ in found}) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("policy", "risk", "alpha"),
+    [("confidence", "disagreement", 0.03), ("entropy", "accuracy_drop", 0.015), ("margin", "excess_loss", 0.05)],
+)
+def test_the_promise_on_real_rows(digits, draws, policy, risk, alpha):
+    """1,000 draws of 600 rows of digits; the risk of what was found is known: it is that on all of them."""
+    broken, saved = 0, []
+    for trace in draws(1000, 600):
+        cal = offramp.calibrate(trace, policy, risk=risk, alpha=alpha, delta=DELTA)
+        broken += losses(digits, exit_columns(digits, cal.policy), risk).mean() > alpha
+        saved.append(offramp.simulate(digits, cal).saved)
+    assert broken / 1000 <= DELTA + 3 * math.sqrt(DELTA * (1 - DELTA) / 1000)
+    assert np.mean(saved) > 0.4

@@ -17,6 +17,8 @@ from offramp.calibrate import calibrate as calibrate
 from offramp.calibration import Calibration as Calibration
 from offramp.calibrator import Calibrator as Calibrator
 from offramp.calibrator import Certificate as Certificate
+from offramp.cascade import Cascade as Cascade
+from offramp.cascade import cascade as cascade
 from offramp.draft import DraftRule as DraftRule
 from offramp.enable import Run as Run
 from offramp.enable import Stats as Stats

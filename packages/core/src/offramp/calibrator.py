@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 class Certificate:
     """What is promised: with probability 1 - delta over the calibration data, the risk is at most alpha.
 
-    n: calibration rows; p_value: of the last accepted threshold; test: which bound; order: thresholds in the order they
-    were tested, fixed before the data was seen; data_hash, model_hash: what the promise was made on.
+    n: calibration rows that were tested; p_value: of the last accepted threshold, or the largest where several tests
+    must all pass; test: which bound; order: thresholds in the order they were tested, fixed before the data was seen;
+    data_hash, model_hash: what the promise was made on.
     """
 
     risk: str
@@ -39,6 +40,12 @@ class Calibrator(ABC):
 
     #: the policies it can set
     takes: ClassVar[type[Any]] = ExitPolicy
+    #: the risk that is bounded when none is asked for
+    risk: ClassVar[str] = "disagreement"
+    #: whether that is the only one it can bound
+    own_risk: ClassVar[bool] = False
+    #: whether it leaves the policy as it is, so that a name needs its threshold
+    keeps: ClassVar[bool] = False
 
     @abstractmethod
     def fit(self, trace: Trace, policy: ExitPolicy, *, alpha: float, delta: float, risk: str) -> Calibration:

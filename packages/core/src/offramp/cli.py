@@ -146,7 +146,9 @@ def calibrate(
     trace: Annotated[Path, typer.Argument(help="A trace, as `offramp record` or trace.save() wrote it.")],
     policy: Annotated[str, typer.Option(help="Name of the policy whose threshold is looked for.")] = "confidence",
     method: Annotated[str, typer.Option(help="Name of the calibrator.")] = "fixed_sequence",
-    risk: Annotated[str, typer.Option(help="disagreement, accuracy_drop or excess_loss.")] = "disagreement",
+    risk: Annotated[
+        str | None, typer.Option(help="disagreement, accuracy_drop or excess_loss; default: the method's own.")
+    ] = None,
     alpha: Annotated[float, typer.Option(help="The risk that is promised not to be exceeded.")] = 0.05,
     delta: Annotated[float, typer.Option(help="How often the promise may fail: 0.05 is 95 % confidence.")] = 0.05,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Option NAME=VALUE of policy or method.")] = None,

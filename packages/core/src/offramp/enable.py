@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from offramp._registry import create, draft_from, lookup, policy_from
 from offramp.attach import RECORD, Exits, find, load
-from offramp.calibration import Calibration
+from offramp.calibration import Calibration, promise_on
 from offramp.calibrator import Certificate
 from offramp.draft import DraftRule
 from offramp.errors import BadArgument, NotAttached, check_options
@@ -101,6 +101,8 @@ class Run:
         #: whether evidence of an exit takes the state at the exit before
         self.looks_back = "cosine" in policy.statistics() or (self.gate is not None and self.gate.looks_back)
         self.stats = Stats()
+        #: what is promised for this run, None where nothing is
+        self.certificate: Certificate | None = None
         self.paused = False
         #: what a decoding driver remembers between calls (e.g. how often drafts were accepted)
         self.memory: dict[Any, Any] = {}
@@ -191,7 +193,9 @@ def parse_flag(flag: Mapping[str, Any]) -> tuple[dict[str, Any], Options, str | 
     return config, Options(**{k: v for k, v in flag.items() if k in OPTIONS}), flag.get("exits")
 
 
-def enable(model: nn.Module, policy: str | ExitPolicy | Calibration | None = None, **options: Any) -> Run:
+def enable(
+    model: nn.Module, policy: str | ExitPolicy | Calibration | None = None, *, force: bool = False, **options: Any
+) -> Run:
     """Let `model` exit early; its own calls stay as they are. Returns a `Run` with `stats` and `disable()`.
 
     policy: a name of `offramp.names(offramp.ExitPolicy)` with its options (`threshold=0.9`), a policy object, a
@@ -199,8 +203,9 @@ def enable(model: nn.Module, policy: str | ExitPolicy | Calibration | None = Non
     checked by the deep blocks (lossless); draft: a rule of `offramp.names(offramp.DraftRule)`, with options as
     {"rule": name, ...}, or a number of tokens; kv: "catch_up", "propagate" or "recompute" without verify, "schedule"
     with position_schedule, which needs no exits; window: most tokens that wait for the deep blocks; rollback: see
-    `Options`; strict=True: raise where the full model would be used instead. Raises `NotAttached`, `BadArgument`,
-    `UnknownName`; changes nothing then.
+    `Options`; strict=True: raise where the full model would be used instead; force=True: take a calibration that was
+    made on another model, heads or exits, without its certificate. Raises `NotAttached`, `BadArgument`, `UnknownName`;
+    changes nothing then.
     """
     if RUN in model.__dict__:
         raise NotAttached("a policy is already enabled on this model; first: run.disable()")
@@ -213,22 +218,18 @@ def enable(model: nn.Module, policy: str | ExitPolicy | Calibration | None = Non
     exits = find(model, needed=not isinstance(made, SchedulePolicy))
     made.check(exits.at)
     run = Run(exits, made, Options(**chosen))
-    if isinstance(policy, Calibration) and policy.certificate is not None:
-        _check_promise(exits, policy, policy.certificate, chosen)
+    if isinstance(policy, Calibration):
+        run.certificate = _promise(exits, policy, chosen, force)
     return _start(run)
 
 
-def _check_promise(exits: Exits, calibration: Calibration, certificate: Certificate, chosen: Mapping[str, Any]) -> None:
-    """Warn when a certificate was made on other weights, or running otherwise, than now: its promise does not hold."""
+def _promise(exits: Exits, calibration: Calibration, chosen: Mapping[str, Any], force: bool) -> Certificate | None:
+    """Return the certificate that holds for this run; raises for other weights, warns when it runs otherwise."""
     from offramp.record import fingerprint
 
-    if certificate.model_hash not in ("", fingerprint(exits)):
-        warnings.warn(
-            "this calibration was made with other weights (model or heads): its certificate does not hold for this "
-            "model; record a trace with it and calibrate again",
-            UserWarning,
-            stacklevel=3,
-        )
+    certificate = promise_on(calibration, fingerprint(exits), force)
+    if certificate is None:
+        return None
     odd = {k: v for k, v in calibration.options.items() if chosen[k] != v}
     if odd:
         warnings.warn(
@@ -237,6 +238,8 @@ def _check_promise(exits: Exits, calibration: Calibration, certificate: Certific
             UserWarning,
             stacklevel=3,
         )
+        return None
+    return certificate
 
 
 def _start(run: Run) -> Run:

@@ -36,6 +36,25 @@ def rows_needed(alpha: float, delta: float) -> int:
     return math.ceil(math.log(delta) / math.log1p(-alpha) - 1e-9)
 
 
+def expected_rank(n: int, alpha: float) -> int:
+    """Return which of n scores, from the smallest on, gives coverage 1 - alpha on average; above n where none does."""
+    return math.ceil((n + 1) * (1 - alpha) - 1e-9)
+
+
+def certain_rank(n: int, alpha: float, delta: float) -> int:
+    """Return which of n scores gives coverage 1 - alpha with confidence 1 - delta; n + 1 where none does.
+
+    The least r with P(Binomial(n, alpha) <= n - r) <= delta: with a smaller one, so few misses among n rows would be
+    too likely at coverage 1 - alpha. Paper: Vovk, Conditional Validity of Inductive Conformal Predictors (2012).
+    """
+    from scipy.stats import binom
+
+    misses = int(binom.ppf(delta, n, alpha))  # the least with P(. <= misses) >= delta
+    while misses >= 0 and binom.cdf(misses, n, alpha) > delta:
+        misses -= 1
+    return n - misses
+
+
 def _relative_entropy(a: float, b: float) -> float:
     low = a * math.log(a / b) if a > 0 else 0.0  # 0 ln 0 = 0
     high = (1 - a) * math.log((1 - a) / (1 - b)) if a < 1 else 0.0

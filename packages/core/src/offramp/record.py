@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from offramp.attach import Exits, find
+from offramp.costs import check_unit, measure
 from offramp.enable import paused
 from offramp.errors import BadArgument
 from offramp.head import ask_in_turn
@@ -58,11 +60,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def fingerprint(exits: Exits) -> str:
     """Return a digest of the model and its heads: shapes and a few values of every weight."""
-    digest = hashlib.sha256(repr(exits.backbone.fingerprint()).encode())
-    for name, value in exits.model.state_dict().items():
+    return digest(repr(exits.backbone.fingerprint()), exits.model)
+
+
+def digest(said: str, model: nn.Module) -> str:
+    """Return 16 hexadecimal digits of `said` and of shapes and a few values of every weight."""
+    found = hashlib.sha256(said.encode())
+    for name, value in model.state_dict().items():
         flat = value.detach().reshape(-1)[:: max(1, value.numel() // 16)][:16].cpu().double()
-        digest.update(f"{name}{tuple(value.shape)}".encode() + flat.numpy().tobytes())
-    return digest.hexdigest()[:16]
+        found.update(f"{name}{tuple(value.shape)}".encode() + flat.numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def record(
@@ -73,24 +80,33 @@ def record(
     per_row: int | None = None,
     seed: int = 0,
     logits: bool = False,
+    costs: str = "blocks",
     progress: bool = False,
 ) -> Trace:
     """Run the full model over `data` and keep what every exit said; nothing exits early here.
 
     data: a tensor, a mapping or an iterable of batches as the model takes them. Each row is one sample; a language
     model gives one sample per token, and `per_row=1` keeps one random position per sequence, so that samples are
-    independent as certificates need. logits: keep the logits too (for method "temperature"). Raises `NotAttached`,
-    `BadArgument`.
+    independent as certificates need. logits: keep the logits too (for method "temperature"). costs: the unit of
+    `Trace.costs`: "blocks", or "flops" or "seconds" per row, both measured on the first batch. A cascade is recorded
+    too, one column per model. Raises `NotAttached`, `BadArgument`.
     """
+    from offramp.cascade import Cascade
+
+    check_unit(costs)
+    if isinstance(model, Cascade):
+        return model.record(batches(data, batch_size), logits=logits, costs=costs, progress=progress)
     exits = find(model)
+    spent: Tensor | None = None
     parts: list[dict[str, Tensor]] = []
     generator = torch.Generator().manual_seed(seed)
     with evaluating(model), paused(model), torch.no_grad():
         for batch in track(batches(data, batch_size), "record", progress):
+            spent = measure(exits, batch, costs) if spent is None else spent
             parts.append(_one(exits, batch, per_row, generator, logits))
     if not parts or not sum(len(p["label"]) for p in parts):
         raise BadArgument("the data holds no rows; give at least one batch")
-    return _join(exits, parts)
+    return replace(_join(exits, parts), costs=spent, unit=costs)
 
 
 def _one(exits: Exits, batch: Any, per_row: int | None, generator: torch.Generator, logits: bool) -> dict[str, Tensor]:
@@ -147,7 +163,6 @@ def _join(exits: Exits, parts: list[dict[str, Tensor]]) -> Trace:
     depths = (*exits.at, depth)
     return Trace(
         depths=depths,
-        costs=torch.tensor([float(d) for d in depths]),
         stats={k: v for k, v in whole.items() if k not in BESIDE},
         label=whole["label"],
         targets=whole.get("targets"),

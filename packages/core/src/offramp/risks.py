@@ -16,11 +16,13 @@ from offramp.trace import UNLABELLED, Trace
 class Risk(NamedTuple):
     """A per-row loss: `of(trace, columns [N])` gives [n] in [0, 1], for labelled rows only where labels are needed.
 
-    binary: whether it is only ever 0 or 1, so that the exact binomial test applies.
+    binary: whether it is only ever 0 or 1, so that the exact binomial test applies; labelled: whether rows without a
+    label are left out.
     """
 
     of: Callable[[Trace, Tensor], Tensor]
     binary: bool
+    labelled: bool
 
 
 def disagreement(trace: Trace, columns: Tensor) -> Tensor:
@@ -47,9 +49,9 @@ def excess_loss(trace: Trace, columns: Tensor) -> Tensor:
 
 
 RISKS = {
-    "disagreement": Risk(disagreement, True),
-    "accuracy_drop": Risk(accuracy_drop, True),
-    "excess_loss": Risk(excess_loss, False),
+    "disagreement": Risk(disagreement, True, False),
+    "accuracy_drop": Risk(accuracy_drop, True, True),
+    "excess_loss": Risk(excess_loss, False, True),
 }
 
 
@@ -58,6 +60,11 @@ def find_risk(name: str) -> Risk:
     if name not in RISKS:
         raise UnknownName(f"no risk is called {name!r};{did_you_mean(name, RISKS)}")
     return RISKS[name]
+
+
+def counted(trace: Trace, risk: str) -> Tensor | None:
+    """Return the mask [N] of the rows that a risk counts, None for all of them: what `losses` has one value for."""
+    return trace.targets != UNLABELLED if find_risk(risk).labelled and trace.targets is not None else None
 
 
 def losses(trace: Trace, columns: Tensor, risk: str) -> Losses:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral
 from pathlib import Path
@@ -33,7 +33,7 @@ class Trace:
     """What every exit said about N rows; column k is the exit at `depths[k]`, the last column the full model.
 
     depths: K ascending depths in blocks, the attached exits and the full depth; costs: [K] cumulative cost of leaving
-    at each, by default in blocks; stats: [N, K] floats by name (top1, margin, entropy in nats, cosine with the
+    at each, in `unit`, ascending; stats: [N, K] floats by name (top1, margin, entropy in nats, cosine with the
     previous column, undefined in the first; of trained gates of heads their probability `gate`, 0 where the answer is
     no candidate, undefined in the last; of the gate beside the exits its probability, 1 in the last);
     label: [N, K] argmax; classes: of the prediction; targets: [N] true labels, -100 for none; position: [N]; losses:
@@ -51,6 +51,7 @@ class Trace:
     losses: Tensor | None = None
     logits: Tensor | None = None
     model_hash: str = ""
+    unit: str = "blocks"
 
     def __post_init__(self) -> None:
         depths = tuple(int(d) for d in self.depths)
@@ -76,6 +77,26 @@ class Trace:
                 raise BadArgument(
                     f"{name} has shape {list(tensor.shape)}, expected {list(wanted[name])} (rows, depths)"
                 )
+        costs: Any = self.costs
+        if not bool(costs.isfinite().all() and costs[0] > 0 and (costs.diff() > 0).all()):
+            raise BadArgument(
+                f"costs must be above 0 and grow with depth, as leaving later runs more; got {costs.tolist()} for "
+                f"depths {list(self.depths)}: give the cost of everything that ran up to each exit"
+            )
+        self._in_range("label", self.label)
+        if self.targets is not None:
+            self._in_range("targets", self.targets[self.targets != UNLABELLED])
+
+    def _in_range(self, name: str, values: Tensor) -> None:
+        """Raise unless every value is one of the classes."""
+        if not values.numel():
+            return
+        low, high = values.min().item(), values.max().item()
+        if low < 0 or high >= self.classes:
+            raise BadArgument(
+                f"{name} must be whole numbers from 0 to {self.classes - 1} (classes={self.classes}), or {UNLABELLED} "
+                f"for a target that is not known; got values from {low} to {high}"
+            )
 
     def _arrays(self) -> dict[str, Tensor]:
         """Return every tensor by name, those of `stats` with a prefix."""
@@ -94,11 +115,24 @@ class Trace:
         cut: dict[str, Any] = {n: getattr(self, n) for n in ("label", *_OPTIONAL)}
         cut = {n: None if tensor is None else tensor[pick] for n, tensor in cut.items()}
         stats = {k: v[pick] for k, v in self.stats.items()}
-        return Trace(self.depths, stats, classes=self.classes, costs=self.costs, model_hash=self.model_hash, **cut)
+        kept = {n: getattr(self, n) for n in ("classes", "costs", "model_hash", "unit")}
+        return Trace(self.depths, stats, **kept, **cut)
 
     def __repr__(self) -> str:
         have = ", ".join([*self.stats, *(n for n in _OPTIONAL if getattr(self, n) is not None)])
         return f"Trace({len(self)} rows, depths={list(self.depths)}, {self.classes} classes: {have})"
+
+    def finite(self, needs: Iterable[str] = ()) -> Tensor:
+        """Return the mask [N] of rows whose statistics are finite, those of the predictions and those in `needs`.
+
+        Left out is what is undefined for every row: cosines of the first column, gates of the last.
+        """
+        found = torch.ones(len(self), dtype=torch.bool)
+        for name in ({"top1", "margin", "entropy"} | set(needs)) & set(self.stats):
+            table = self.stats[name]
+            table = table[:, 1:] if name == "cosine" else table[:, :-1] if name in ("gate", "agrees") else table
+            found &= table.isfinite().all(1)
+        return found
 
     @property
     def data_hash(self) -> str:
@@ -109,14 +143,23 @@ class Trace:
             digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def evidence(self, column: int, rows: Tensor) -> Evidence:
-        """Return what a policy would see at exit `column` for these rows [n] of indices."""
-        last = column == len(self.depths) - 2
-        stats = {k: v[rows, column] for k, v in self.stats.items()} | {"label": self.label[rows, column]}
-        logits = None if self.logits is None else self.logits[rows, column]
-        position = None if self.position is None else self.position[rows]
+    def evidence(self, column: int, rows: Tensor | None, needs: Collection[str] | None = None) -> Evidence:
+        """Return what a policy would see at exit `column` for these rows [n] of indices, None for all of them.
+
+        needs: statistics wanted, None for all that the trace holds; "label" and "top1" come with any.
+        """
+        last, every = column == len(self.depths) - 2, rows is None
+
+        def cut(table: Tensor, at: int = column) -> Tensor:
+            return table[:, at] if every else table[rows, at]
+
+        wanted = self.stats if needs is None else {"top1", *needs}
+        stats = {k: cut(v) for k, v in self.stats.items() if k in wanted} | {"label": cut(self.label)}
+        table = self.logits if needs is None or "prediction" in needs else None
+        logits = None if table is None else cut(table)
+        before = None if table is None or not column else cut(table, column - 1)
+        position = self.position if self.position is None or every else self.position[rows]
         depth = self.depths[column]
-        before = None if self.logits is None or not column else self.logits[rows, column - 1]
         return Evidence(column, depth, column == 0, last, None, logits, self.classes, position, stats, before=before)
 
     def save(self, path: str | Path) -> None:
@@ -125,7 +168,8 @@ class Trace:
 
         from offramp.checkpoint import write_bytes
 
-        body = {"format": FORMAT, "depths": self.depths, "classes": self.classes, "model_hash": self.model_hash}
+        body: dict[str, Any] = {"format": FORMAT, "depths": self.depths}
+        body |= {name: getattr(self, name) for name in ("classes", "model_hash", "unit")}
         tensors = {k: v.contiguous().clone() for k, v in self._arrays().items()}  # safetensors refuses shared memory
         write_bytes(Path(path), save(tensors, {"trace": json.dumps({**body, "data_hash": self.data_hash})}))
 
@@ -155,6 +199,7 @@ class Trace:
                 stats,
                 classes=body["classes"],
                 model_hash=body["model_hash"],
+                unit=body.get("unit", "blocks"),  # files written before costs had a unit hold blocks
                 **{k: v for k, v in tensors.items() if k in known},
             )
             same = trace.data_hash == body["data_hash"]
@@ -222,6 +267,24 @@ def simulate(trace: Trace, policy: str | ExitPolicy | Calibration | Mapping[str,
 
 def exit_columns(trace: Trace, policy: ExitPolicy) -> Tensor:
     """Return the column [N] at which each row leaves; the state of a row leaves with it, as in the live engine."""
+    check_holds(trace, policy)
+    n, last = trace.label.shape[0], trace.label.shape[1] - 1
+    columns = torch.full((n,), last)
+    rows, state, needs = torch.arange(n), policy.start(n, "cpu"), policy.statistics()
+    for column in range(last):
+        seen = trace.evidence(column, rows if column else None, needs)
+        stop, state = policy.step(state, seen)
+        if "top1" in seen.stats:  # softmax makes every statistic of a row NaN at once, so one tells for all
+            stop = stop & seen.stats["top1"].isfinite()
+        columns[rows[stop]] = column
+        rows, state = rows[~stop], {k: v[~stop] for k, v in state.items()}
+        if not len(rows):
+            break
+    return columns
+
+
+def check_holds(trace: Trace, policy: ExitPolicy) -> None:
+    """Raise `BadArgument` when the policy looks at a statistic that the trace does not hold."""
     held = {*trace.stats, "label"} | ({"prediction"} if trace.logits is not None else set())
     if missing := policy.statistics() - held:
         fix = "offramp.record(model, data, logits=True)" if "prediction" in missing else "offramp.record(model, data)"
@@ -235,16 +298,3 @@ def exit_columns(trace: Trace, policy: ExitPolicy) -> Tensor:
             f"{type(policy).__name__} looks at; record it again: {fix}"
         )
     check_outputs(policy, trace.classes)
-    n, last = trace.label.shape[0], trace.label.shape[1] - 1
-    columns = torch.full((n,), last)
-    rows, state = torch.arange(n), policy.start(n, "cpu")
-    for column in range(last):
-        seen = trace.evidence(column, rows)
-        stop, state = policy.step(state, seen)
-        if "top1" in seen.stats:  # softmax makes every statistic of a row NaN at once, so one tells for all
-            stop = stop & seen.stats["top1"].isfinite()
-        columns[rows[stop]] = column
-        rows, state = rows[~stop], {k: v[~stop] for k, v in state.items()}
-        if not len(rows):
-            break
-    return columns

@@ -6,11 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+import numpy as np
 
 from offramp._registry import register
 from offramp.calibration import Calibration
-from offramp.calibrator import Calibrator
+from offramp.calibrator import Calibrator, Losses
+from offramp.calibrators._thresholds import Counts, first_rungs, sureness, threshold_policy
 from offramp.errors import BadArgument
 from offramp.policy import ExitPolicy, ThresholdPolicy
 from offramp.trace import Trace
@@ -35,26 +36,20 @@ class PerExit(Calibrator):
 
     def fit(self, trace: Trace, policy: ExitPolicy, *, alpha: float, delta: float, risk: str) -> Calibration:
         """Return the policy with one threshold per exit; alpha, delta and risk are not used."""
-        if not isinstance(policy, ThresholdPolicy):
-            raise BadArgument(
-                f"per_exit sets one threshold per exit, and {type(policy).__name__} has none; use e.g. 'entropy'"
-            )
-        depths = trace.depths[:-1]
-        rungs: list[Any] = list(policy.ladder(depths, trace.classes))
-        found = tuple(self._best(trace, policy, rungs, column) for column in range(len(depths)))
-        made: Any = dataclasses.replace(policy, threshold=found)  # type: ignore[type-var]
+        score = threshold_policy(policy, "per_exit")
+        grid, rungs = first_rungs(sureness(trace, score), score, trace.classes)
+        same = (trace.label[:, :-1] == trace.label[:, -1:]).numpy()
+        found = tuple(grid[self._best(row, same[:, column], len(grid))] for column, row in enumerate(rungs))
+        made: Any = dataclasses.replace(score, threshold=found)  # type: ignore[type-var]
         note = (
             f"uncertified: each exit alone agrees with the full model on {self.agreement:.0%} of the rows it stops (of "
             f"{len(trace)}); draft with it (verify=True), or certify with method='fixed_sequence'"
         )
         return Calibration(made, None, note)
 
-    def _best(self, trace: Trace, policy: ThresholdPolicy, rungs: list[Any], column: int) -> float:
-        seen = trace.evidence(column, torch.arange(len(trace)))
-        same = trace.label[:, column] == trace.label[:, -1]
-        best: float = rungs[0].threshold
-        for rung in rungs:  # from safest to boldest; agreement need not fall all the way
-            stop = policy.stops(seen, rung.threshold)
-            if bool(stop.any()) and float(same[stop].double().mean()) >= self.agreement:
-                best = rung.threshold
-        return best
+    def _best(self, first: Counts, same: Losses, size: int) -> int:
+        """Return the boldest rung whose stopped rows agree often enough; agreement need not fall all the way."""
+        stopped = np.cumsum(np.bincount(first, minlength=size + 1))[:size]
+        agree = np.cumsum(np.bincount(first, same, size + 1))[:size]
+        able = np.nonzero((stopped > 0) & (agree >= self.agreement * stopped))[0]
+        return int(able[-1]) if len(able) else 0
