@@ -1,0 +1,205 @@
+"""`offramp bench classify`: every policy at its certified setting, simulated and on the clock, and what exits know."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import offramp
+from offramp._registry import lookup
+from offramp.cli import as_dict
+from offramp.errors import BadArgument
+from offramp.policy import SchedulePolicy
+from offramp.report import FORMAT
+from offramp.report.curves import summary
+from offramp.report.scores import confusion, exit_scores
+from offramp.trace import UNLABELLED
+from offramp_hf import measure
+from offramp_hf.bench import origin
+from offramp_hf.bench_shapes import Early
+from offramp_hf.classify import Batch, Plan, Study, plan, study
+from offramp_hf.classify_tables import tables
+from offramp_hf.clock import Clocked
+from offramp_hf.demo import one_thread, step
+
+#: the policy whose certificate is shown, and which the calibrators are compared on
+SHOWN = "confidence"
+#: what a calibrator that asks for a budget is asked to spend, as a share of the full model's cost
+BUDGET = 0.6
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What to measure. folder: of the fitted classifier; size: rows per batch; policies: names, empty for all;
+    batches: at most so many on the clock, None for all.
+    """
+
+    folder: Path
+    quick: bool = False
+    size: int = 64
+    policies: tuple[str, ...] = ()
+    batches: int | None = None
+
+
+def classify(ask: Ask, console: Console) -> dict[str, Any]:
+    """Measure, print the tables and return plain JSON values, from which `offramp report` makes a page."""
+    how = plan(ask.quick)
+    done = study(how, ask.folder, ask.size, console)
+    with step(console, "calibrate every policy"):
+        found = calibrations(done.calibration, how, ask.policies)
+    body = body_of(done, how, found, ask, console)
+    for one in tables(body):
+        console.print(one)
+    console.print(f"{body['machine']}, {body['date']}; data: {body['data']}", soft_wrap=True)
+    return body
+
+
+def body_of(
+    done: Study, how: Plan, found: dict[str, offramp.Calibration], ask: Ask, console: Console
+) -> dict[str, Any]:
+    """Measure the calibrated policies and return the JSON of a run."""
+    rows = [policy_row(name, cal, done.test) for name, cal in found.items()]
+    with step(console, "measure on the clock"):
+        clock = on_the_clock(done, rows, found, ask.batches)
+    shown = found.get(SHOWN) or next(iter(found.values()))
+    made = as_dict(shown)
+    chosen = shown if made["certificate"] is not None else None
+    live = next((row for row in rows if row["name"] == SHOWN and row.get("exits")), None)
+    return {
+        "format": FORMAT,
+        "unit": "row",
+        "title": "Early exit on package descriptions",
+        "model": "MiniLM (6 blocks, width 384), fine-tuned with exits at " + ", ".join(map(str, done.exits.at)),
+        "data": f"{len(done.test):,} held-out Debian descriptions in {len(done.names)} sections, {done.source}",
+        **made,
+        "trace": summary(done.test, chosen, None),
+        "policies": rows,
+        "exits": {"calibrated": live["exits"]} if live else {},
+        "exit_scores": exit_scores(done.test),
+        "confusion": confusion(done.test),
+        "calibrators": calibrator_rows(done, how),
+        "clock": clock,
+        "fit": done.fit,
+        "settings": dataclasses.asdict(how),
+        **origin("offramp bench classify"),
+    }
+
+
+def calibrations(trace: offramp.Trace, how: Plan, policies: Sequence[str] = ()) -> dict[str, offramp.Calibration]:
+    """Return the calibration of each policy of a single pass by name; one that cannot be calibrated says why.
+
+    policies: names, empty for all that exist. Raises `UnknownName`.
+    """
+    found = {}
+    for name in policies or offramp.names(offramp.ExitPolicy):
+        if issubclass(lookup(offramp.ExitPolicy, name), SchedulePolicy):
+            continue  # it says which blocks of a token run, and asks no exit
+        try:
+            found[name] = offramp.calibrate(trace, name, risk=how.risk, alpha=how.alpha, delta=how.delta)
+        except BadArgument as error:
+            found[name] = offramp.Calibration(offramp.policy("never"), None, f"uncertified: {error}")
+    return found
+
+
+def policy_row(name: str, made: offramp.Calibration, trace: offramp.Trace) -> dict[str, Any]:
+    """Return what a calibrated policy does to the rows of a trace; bound: the speed if only blocks took time."""
+    row: dict[str, Any] = {"name": name, "policy": made.policy.config(), "certified": made.certificate is not None}
+    if made.certificate is None and name != "never":
+        return {**row, "note": made.note.removeprefix("uncertified: ")}
+    out = offramp.simulate(trace, made.policy)
+    shares = {"accuracy": out.accuracy, "agreement": out.agreement, "saved": out.saved}
+    return {**row, **shares, "cost_mean": out.cost_mean, "bound": 1 / (1 - out.saved) if out.saved < 1 else None}
+
+
+@one_thread()
+@torch.no_grad()
+def on_the_clock(
+    done: Study, rows: list[dict[str, Any]], found: dict[str, offramp.Calibration], most: int | None
+) -> dict[str, Any]:
+    """Run each row's policy and the full model over the same batches, interleaved, and add to the rows what came out.
+
+    Adds seconds, rows_per_second, speedup (and quartiles of the ratios batch by batch), exits, live_accuracy, moved
+    (rows that left elsewhere than simulated) and realised: time saved over what the skipped blocks would have cost,
+    which is each block's measured time in the full model times the share of rows that had left before it.
+    """
+    batches: list[Batch] = [{k: v for k, v in b.items() if k != "labels"} for b in done.batches[:most]]
+
+    def full(one: Batch) -> Tensor:
+        logits: Tensor = done.model(**one).logits
+        return logits
+
+    clock = Clocked(done.exits.backbone.blocks, full)
+    early = {row["name"]: Early(done.model, found[row["name"]].policy) for row in rows if "saved" in row}
+    timed = measure.interleaved({"full": full, "clocked": clock, **early}, batches, warm=2)
+    targets = torch.cat([b["labels"] for b in done.batches[: len(batches)]])
+    spent = [t.seconds for t in timed["full"]]
+    for row in rows:
+        if row["name"] not in early:
+            continue
+        mine, policy = timed[row["name"]], found[row["name"]].policy
+        depths = offramp.simulate(done.test[: len(targets)], policy).depths
+        stats, seconds = early[row["name"]].stats, [t.seconds for t in mine]
+        ideal = sum(_ideal(*pair) for pair in zip(clock.kept[-len(batches) :], _parts(depths, batches), strict=True))
+        counts = {d: int((depths == d).sum()) for d in stats.exits}
+        row |= {
+            "seconds": sum(seconds),
+            "rows_per_second": len(targets) / sum(seconds),
+            "speedup": sum(spent) / sum(seconds),
+            "speedup_quartiles": measure.quartiles([a / b for a, b in zip(spent, seconds, strict=True)]),
+            "exits": {str(d): n for d, n in sorted(stats.exits.items())},
+            "moved": sum(abs(n - counts[d]) for d, n in stats.exits.items()) // 2,
+            "live_accuracy": _accuracy(torch.cat([t.result.logits for t in mine]), targets),
+            "realised": (sum(spent) - sum(seconds)) / ideal if ideal > 0 else None,
+        }
+    return {
+        "batch": len(batches[0]["input_ids"]),
+        "calls": len(batches),
+        "seconds": sum(spent),
+        "rows_per_second": len(targets) / sum(spent),
+        "full_accuracy": _accuracy(torch.cat([t.result for t in timed["full"]]), targets),
+        "blocks_share": sum(map(sum, clock.kept[-len(batches) :])) / sum(t.seconds for t in timed["clocked"]),
+    }
+
+
+def _parts(depths: Tensor, batches: Sequence[Batch]) -> Sequence[Tensor]:
+    return depths.split([len(b["input_ids"]) for b in batches])
+
+
+def _ideal(blocks: Sequence[float], depths: Tensor) -> float:
+    """Return the seconds that the blocks would have cost on the rows that left before them."""
+    return sum(t * float((depths <= b).double().mean()) for b, t in enumerate(blocks))
+
+
+def _accuracy(logits: Tensor, targets: Tensor) -> float:
+    known = targets != UNLABELLED
+    return float((logits.argmax(-1) == targets)[known].double().mean())
+
+
+def calibrator_rows(done: Study, how: Plan) -> list[dict[str, Any]]:
+    """Return what each calibrator makes of one policy: setting, certified or not, and what it does on other rows."""
+    rows = []
+    for method in offramp.names(offramp.Calibrator):
+        options = inspect.signature(lookup(offramp.Calibrator, method)).parameters
+        cost = float(torch.as_tensor(done.calibration.costs)[-1])
+        more = {"budget": BUDGET * cost} if "budget" in options else {}
+        try:
+            made = offramp.calibrate(
+                done.calibration, SHOWN, method=method, risk=how.risk, alpha=how.alpha, delta=how.delta, **more
+            )
+            rows.append({"name": method, **as_dict(made), **_outcome(done.test, made)})
+        except BadArgument as error:  # e.g. a method that needs what this trace does not hold
+            rows.append({"name": method, "policy": None, "certificate": None, "note": str(error)})
+    return rows
+
+
+def _outcome(trace: offramp.Trace, made: offramp.Calibration) -> dict[str, Any]:
+    out = offramp.simulate(trace, made.policy)
+    return {"accuracy": out.accuracy, "agreement": out.agreement, "saved": out.saved, "cost_mean": out.cost_mean}
