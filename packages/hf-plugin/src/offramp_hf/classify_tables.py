@@ -19,12 +19,13 @@ def tables(body: Mapping[str, Any]) -> list[Table]:
     """Return the tables of a run: policies, accuracy at equal cost, exits, calibrators."""
     clock, trace = body["clock"], body["trace"]
     title = f"Policies at their certified setting; full model: {clock['full_accuracy']:.1%}, batch {clock['batch']}"
-    found = [_table(title, POLICIES, [row for row in body["policies"] if "saved" in row])]
+    columns = {k: v for k, v in POLICIES.items() if k != "quartiles"}  # what a terminal of 80 characters has room for
+    found = [_table(title, columns, [row for row in body["policies"] if "saved" in row])]
     costs = [trace["full_cost"] * share for share in SHARES]
     equal = [
         {"name": name, **{f"{c:.3g}": at_cost(points, c) for c in costs}} for name, points in trace["curves"].items()
     ]
-    columns: dict[str, Callable[[dict[str, Any]], str]] = {"policy": lambda r: str(r["name"])}
+    columns = {"policy": lambda r: str(r["name"])}
     columns |= {f"{c:.3g}": lambda r, key=f"{c:.3g}": share(r[key]) for c in costs}  # type: ignore[misc]
     found.append(_table(f"Accuracy at equal mean cost ({trace['unit']} of {trace['full_cost']:g})", columns, equal))
     found.append(_table("Each exit, had all rows left there", _exit_columns(body), body["exit_scores"]))
@@ -44,7 +45,7 @@ def times(row: Mapping[str, Any], key: str = "speedup") -> str:
 
 POLICIES: Columns = {
     "policy": lambda r: str(r["name"]),
-    "setting": lambda r: setting(r["policy"]),
+    "setting": lambda r: setting(r["policy"]).removeprefix("threshold "),
     "accuracy": lambda r: share(r.get("live_accuracy", r["accuracy"])),
     "agree": lambda r: share(r["agreement"]),
     "saved": lambda r: share(r["saved"]),
@@ -56,7 +57,7 @@ POLICIES: Columns = {
 }
 CALIBRATORS: Columns = {
     "calibrator": lambda r: str(r["name"]),
-    "setting": lambda r: setting(r["policy"]),
+    "setting": lambda r: setting(r["policy"]).removeprefix("threshold "),
     "certified": lambda r: "{risk} <= {alpha:g}".format(**r["certificate"]) if r["certificate"] else "no",
     "accuracy": lambda r: share(r["accuracy"]),
     "agree": lambda r: share(r["agreement"]),

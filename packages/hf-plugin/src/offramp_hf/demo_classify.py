@@ -45,7 +45,4 @@ def told(body: dict[str, Any]) -> dict[str, Any]:
         ("measured", f"{row['speedup']:.2f}×", f"throughput, batch {body['clock']['batch']}"),
         ("accuracy", f"{row['live_accuracy']:.1%}", f"full model: {full:.1%}"),
     ]
-    if body["certificate"]:
-        c = body["certificate"]
-        tiles.append(("promise", f"≤ {percent(c['alpha'])}", f"{c['risk']}, at {percent(1 - c['delta'])} confidence"))
     return {"summary": said, "tiles": tiles}

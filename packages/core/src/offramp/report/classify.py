@@ -28,7 +28,7 @@ def accuracy(run: Mapping[str, Any]) -> str:
     series = series[:LINES]
     values = [y for line in series for _, y, _ in line.points] + [full]
     low, high = max(0.0, min(values) - 0.01), min(1.0, max(values) + 0.01)
-    guides = [(full, f"full model: {full:.1%}")]
+    guides = [(full, "")]  # named in the legend: where the lines meet it, there is no room for words
     least = min(p["cost_mean"] for points in curves.values() for p in points)
     axes = svg.Axes((least, cost), (low, high), f"mean cost per row ({unit})", "accuracy", guides)
     chosen = trace.get("chosen")
@@ -38,6 +38,7 @@ def accuracy(run: Mapping[str, Any]) -> str:
     title = "Accuracy against mean cost, one line per policy; the same numbers are in the table below"
     keys = "".join(f"<li>{svg.swatch(i)}{escape(line.name)}</li>" for i, line in enumerate(series))
     keys += '<li><span class="starkey" aria-hidden="true">★</span>calibrated</li>' if star else ""
+    keys += f'<li><span class="guidekey" aria-hidden="true"></span>full model: {full:.1%}</li>'
     picture = f'<figure>{svg.lines(series, axes, title, star)}<ul class="legend">{keys}</ul></figure>'
     said = (
         f"<p>Every setting of every policy, replayed on the {trace['rows']:,} rows of one trace. Drawn are the "
@@ -97,6 +98,19 @@ def policies(run: Mapping[str, Any]) -> str:
     bad = [one for one in found if one.get("note")]
     why = "".join(f"<dt>{escape(one['name'])}</dt><dd>{escape(one['note'])}</dd>" for one in bad)
     return table(f"Policies: {how}", head, rows) + note + (f'<dl class="fields">{why}</dl>' if why else "")
+
+
+def calibrators(run: Mapping[str, Any]) -> str:
+    """Return the table of calibrators: what each makes of one policy on the same rows."""
+    rows, keys = [], ("accuracy", "agreement", "saved")
+    for one in [row for row in run.get("calibrators") or [] if row.get("policy")]:
+        c = one.get("certificate")
+        said = f"{c['risk']} ≤ {c['alpha']:g}" if c else "none"
+        cells = [number(one.get(key), ".1%") for key in keys]
+        rows.append((one["name"], [escape(setting(one["policy"])), escape(said), *cells]))
+    if not rows:
+        return ""
+    return table("What each makes of one policy", ("calibrator", "setting", "promise", *keys), rows)
 
 
 def scores(run: Mapping[str, Any]) -> str:
