@@ -51,7 +51,7 @@ def test_demo_writes_a_report_with_a_certificate(small, tmp_path):
     assert page == html(body)
     for section in ("exits", "accuracy", "policies", "scores", "confusion", "certificate"):
         assert f'<section id="{section}">' in page
-    assert sum(body["exits"]["calibrated"].values()) == 100
+    assert sum(body["exits"]["confidence, calibrated"].values()) == 100
     row = next(r for r in body["policies"] if r["name"] == "confidence")
     assert row["speedup"] > 0 and row["saved"] > 0 and body["command"] == "offramp demo classify --quick"
 
@@ -75,9 +75,8 @@ def test_bench_measures_every_policy_and_the_classifier_is_reused(small, tmp_pat
     table = (tmp_path / "table.md").read_text()
     assert table.startswith("| policy |") and "| `confidence` |" in table
     assert body["fit"]["reused"] is False and "Accuracy at equal mean cost" in result.output
-    again = bench_classify.Ask(tmp_path, quick=True, policies=("margin",))
     assert "reused" in CliRunner().invoke(build(), [*asked[:-1], "--policy", "margin"]).output
-    assert again.size == 64 and [r["name"] for r in json.loads(out.read_text())["policies"]] == ["margin"]
+    assert [r["name"] for r in json.loads(out.read_text())["policies"]] == ["margin"]
 
 
 def test_another_plan_is_fitted_anew(small, tmp_path, monkeypatch):

@@ -96,8 +96,8 @@ def study(how: Plan, folder: Path, size: int, console: Console) -> Study:
     with step(console, "record what every exit says"):
         tested = batched(data, range(cut, len(data.texts)), tokenizer, size, how.length)
         chosen = batched(data, range(how.train, cut), tokenizer, size, how.length)
-        traces = [offramp.record(model, part, progress=True) for part in (chosen, tested)]
-    return Study(model, exits, data.names, data.source, *traces, tested, fit)
+        first, second = (offramp.record(model, part, logits=True, progress=True) for part in (chosen, tested))
+    return Study(model, exits, data.names, data.source, first, second, tested, fit)
 
 
 def fitted(how: Plan, data: sections.Sections, folder: Path, console: Console) -> tuple[Any, Any, Any, dict[str, Any]]:

@@ -63,11 +63,11 @@ def _cost_table(curves: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], full:
 
 def policies(run: Mapping[str, Any]) -> str:
     """Return the table of policies: promised, simulated, and measured on the clock."""
-    found = run.get("policies") or []
+    found = sorted(run.get("policies") or [], key=lambda one: -(one.get("speedup") or 0.0))
     if not found:
         return ""
     rows = []
-    for one in found:
+    for one in [row for row in found if not row.get("note")]:
         spread = one.get("speedup_quartiles")
         measured = number(one.get("speedup"), ".2f", "×")
         measured += f" <small>({spread[0]:.2f} to {spread[-1]:.2f})</small>" if spread else ""
@@ -75,18 +75,18 @@ def policies(run: Mapping[str, Any]) -> str:
             (
                 one["name"],
                 [
-                    escape(setting(one.get("policy") or {})),
+                    measured,
                     number(one.get("accuracy"), ".1%"),
-                    number(one.get("agreement"), ".1%"),
                     number(one.get("saved"), ".1%"),
                     number(one.get("bound"), ".2f", "×"),
-                    measured,
-                    number(one.get("rows_per_second"), ".0f"),
                     number(one.get("realised"), ".2f"),
+                    number(one.get("agreement"), ".1%"),
+                    number(one.get("rows_per_second"), ".0f"),
+                    escape(setting(one.get("policy") or {})),
                 ],
             )
         )
-    head = ("policy", "setting", "accuracy", "agreement", "saved", "bound", "measured", "rows / s", "realised")
+    head = ("policy", "measured", "accuracy", "saved", "bound", "realised", "agreement", "rows / s", "setting")
     clock = run.get("clock") or {}
     how = f"batch {clock['batch']}, {clock['calls']} batches, interleaved in one process" if clock else "held-out rows"
     note = (
@@ -97,7 +97,8 @@ def policies(run: Mapping[str, Any]) -> str:
     )
     bad = [one for one in found if one.get("note")]
     why = "".join(f"<dt>{escape(one['name'])}</dt><dd>{escape(one['note'])}</dd>" for one in bad)
-    return table(f"Policies: {how}", head, rows) + note + (f'<dl class="fields">{why}</dl>' if why else "")
+    why = f'<p>Without a certified setting, and why:</p><dl class="fields">{why}</dl>' if why else ""
+    return table(f"Policies: {how}", head, rows) + note + why
 
 
 def calibrators(run: Mapping[str, Any]) -> str:
@@ -107,10 +108,10 @@ def calibrators(run: Mapping[str, Any]) -> str:
         c = one.get("certificate")
         said = f"{c['risk']} ≤ {c['alpha']:g}" if c else "none"
         cells = [number(one.get(key), ".1%") for key in keys]
-        rows.append((one["name"], [escape(setting(one["policy"])), escape(said), *cells]))
+        rows.append((one["name"], [*cells, escape(said), escape(setting(one["policy"]))]))
     if not rows:
         return ""
-    return table("What each makes of one policy", ("calibrator", "setting", "promise", *keys), rows)
+    return table("What each makes of one policy", ("calibrator", *keys, "promise", "setting"), rows)
 
 
 def scores(run: Mapping[str, Any]) -> str:

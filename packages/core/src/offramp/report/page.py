@@ -114,7 +114,7 @@ def _lead(run: Mapping[str, Any]) -> str:
     if run.get("certificate"):
         c = run["certificate"]
         tiles.append(("promise", f"≤ {percent(c['alpha'])}", f"{c['risk']}, at {percent(1 - c['delta'])} confidence"))
-    tiles += [tuple(str(part) for part in tile) for tile in run.get("tiles") or []]
+    tiles += [(str(a), str(b), str(c)) for a, b, c in run.get("tiles") or []]
     cells = "".join(
         f"<li><span>{escape(a)}</span><strong>{_together(b)}</strong><small>{_together(c)}</small></li>"
         for a, b, c in tiles
