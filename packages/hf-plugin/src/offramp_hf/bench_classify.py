@@ -40,12 +40,13 @@ LEAST = 0.05
 
 @dataclass(frozen=True)
 class Ask:
-    """What to measure. folder: of the fitted classifier; size: rows per batch; policies: names, empty for all;
-    batches: at most so many on the clock, None for all.
+    """What to measure. folder: of the fitted classifier; sample: take the kept sample in any case; size: rows per
+    batch; policies: names, empty for all; batches: at most so many on the clock, None for all.
     """
 
     folder: Path
     quick: bool = False
+    sample: bool = False
     size: int = 64
     policies: tuple[str, ...] = ()
     batches: int | None = None
@@ -53,7 +54,7 @@ class Ask:
 
 def classify(ask: Ask, console: Console) -> dict[str, Any]:
     """Measure, print the tables and return plain JSON values, from which `offramp report` makes a page."""
-    how = plan(ask.quick)
+    how = plan(ask.quick, ask.sample)
     done = study(how, ask.folder, ask.size, console)
     with step(console, "calibrate every policy"):
         found = calibrations(done.calibration, how, ask.policies)
@@ -65,9 +66,9 @@ def classify(ask: Ask, console: Console) -> dict[str, Any]:
 
 
 def body_of(
-    done: Study, how: Plan, found: dict[str, offramp.Calibration], ask: Ask, console: Console
+    done: Study, how: Plan, found: dict[str, offramp.Calibration], ask: Ask, console: Console, verb: str = "bench"
 ) -> dict[str, Any]:
-    """Measure the calibrated policies and return the JSON of a run."""
+    """Measure the calibrated policies and return the JSON of a run; verb: of the command that asked."""
     rows = [policy_row(name, cal, done.test) for name, cal in found.items()]
     with step(console, "measure on the clock"):
         clock = on_the_clock(done, rows, found, ask.batches)
@@ -91,7 +92,7 @@ def body_of(
         "clock": clock,
         "fit": done.fit,
         "settings": dataclasses.asdict(how),
-        **origin("offramp bench classify" + (" --quick" if ask.quick else "")),
+        **origin(f"offramp {verb} classify" + " --quick" * ask.quick + " --sample" * ask.sample),
     }
     return {**body, **told(body)}
 

@@ -78,10 +78,13 @@ class Study:
     fit: dict[str, Any]
 
 
-def plan(quick: bool) -> Plan:
-    """Return how to go about it on this machine: with its package index where it has one, else with the sample."""
-    if quick:
-        return QUICK
+def plan(quick: bool, sample: bool = False) -> Plan:
+    """Return how to go about it on this machine: with its package index where it has one, else with the sample.
+
+    sample: take the sample in any case, so that the data is the same everywhere.
+    """
+    if quick or sample:
+        return QUICK if quick else SAMPLE
     need = FULL.train + FULL.calibrate + FULL.test
     return FULL if sum(1 for _ in sections.from_index()) >= max(need, sections.ENOUGH) else SAMPLE
 

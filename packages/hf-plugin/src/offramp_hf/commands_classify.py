@@ -13,15 +13,21 @@ from offramp.cli import Json, console, write_json
 
 Folder = Annotated[Path, typer.Option("--out", help="Folder of the report and the fine-tuned classifier.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Few rows and steps; the numbers mean little.")]
+Sample = Annotated[
+    bool, typer.Option("--sample", help="The 3,000 kept rows, also where the machine has a package index.")
+]
 Size = Annotated[int, typer.Option("--batch", min=1, help="Rows classified at once.")]
 
 
-def demo_classify(folder: Folder = Path("demo"), quick: Quick = False, size: Size = 64, out: Json = None) -> None:
+def demo_classify(
+    folder: Folder = Path("demo"), quick: Quick = False, sample: Sample = False, size: Size = 64, out: Json = None
+) -> None:
     """Fine-tune an encoder with exits on real text, certify a policy, measure it, and write a report."""
+    from offramp_hf.bench_classify import Ask
     from offramp_hf.demo_classify import run
 
     started = time.perf_counter()
-    write_json(out, run(folder, quick, size, console()))
+    write_json(out, run(Ask(folder, quick, sample, size), console()))
     seconds = time.perf_counter() - started
     console().print(f"wrote {escape(str(folder / 'report.html'))} and report.json in {seconds:.0f} s", soft_wrap=True)
 
@@ -29,6 +35,7 @@ def demo_classify(folder: Folder = Path("demo"), quick: Quick = False, size: Siz
 def bench_classify(
     folder: Folder = Path("demo"),
     quick: Quick = False,
+    sample: Sample = False,
     size: Size = 64,
     policy: Annotated[list[str] | None, typer.Option(help="A policy to measure; repeat for several.")] = None,
     batches: Annotated[int | None, typer.Option(min=1, help="At most so many batches on the clock.")] = None,
@@ -40,7 +47,7 @@ def bench_classify(
     from offramp_hf import classify_tables
     from offramp_hf.bench_classify import Ask, classify
 
-    body = classify(Ask(folder, quick, size, tuple(policy or ()), batches), console())
+    body = classify(Ask(folder, quick, sample, size, tuple(policy or ()), batches), console())
     if markdown is not None:
         write_text(markdown, classify_tables.markdown(body))
     write_json(out, body)

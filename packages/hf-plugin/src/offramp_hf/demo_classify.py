@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -15,17 +14,16 @@ from offramp_hf.classify_tables import tables
 from offramp_hf.demo import step, write_report
 
 
-def run(folder: Path, quick: bool, size: int, console: Console) -> dict[str, Any]:
-    """Write report.json and report.html into `folder`, and return what the JSON holds."""
-    how = plan(quick)
-    done = study(how, folder, size, console)
+def run(ask: Ask, console: Console) -> dict[str, Any]:
+    """Write report.json and report.html into `ask.folder`, and return what the JSON holds."""
+    how = plan(ask.quick, ask.sample)
+    done = study(how, ask.folder, ask.size, console)
     with step(console, f"calibrate {SHOWN}: {how.risk} at most {percent(how.alpha)}"):
         found = calibrations(done.calibration, how, (SHOWN, "never"))
     shown = as_dict(found[SHOWN])
     console.print(promise(shown["certificate"], shown["note"]), soft_wrap=True)
-    body = body_of(done, how, found, Ask(folder, quick, size), console)
-    body["command"] = "offramp demo classify" + (" --quick" if quick else "")
+    body = body_of(done, how, found, ask, console, "demo")
     with step(console, "write the report"):
-        write_report(body, folder)
+        write_report(body, ask.folder)
     console.print(tables(body)[0])
     return body
