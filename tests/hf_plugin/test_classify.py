@@ -136,7 +136,7 @@ def test_the_real_encoder_keeps_its_promise(tmp_path):
     made = bench_classify.calibrations(done.calibration, how, ("confidence",))["confidence"]
     assert made.certificate is not None and made.certificate.alpha == how.alpha
     row = bench_classify.policy_row("confidence", made, done.test)
-    clock = bench_classify.on_the_clock(done, [row], {"confidence": made}, None)
+    clock = bench_classify.on_the_clock(done, [row], {"confidence": made}, None, console())
     assert clock["full_accuracy"] > 0.45  # 20 sections
     assert row["live_accuracy"] >= clock["full_accuracy"] - how.alpha and row["saved"] > 0.2
     assert Path(tmp_path / classify.FITTED / "model.safetensors").is_file()

@@ -28,7 +28,7 @@ from offramp_hf.bench_shapes import Early
 from offramp_hf.classify import Batch, Plan, Study, plan, study
 from offramp_hf.classify_tables import tables
 from offramp_hf.clock import Clocked
-from offramp_hf.demo import one_thread, step
+from offramp_hf.demo import one_thread, step, timed_with_bar
 
 #: the policy whose certificate is shown, and which the calibrators are compared on
 SHOWN = "confidence"
@@ -71,7 +71,7 @@ def body_of(
     """Measure the calibrated policies and return the JSON of a run; verb: of the command that asked."""
     rows = [policy_row(name, cal, done.test) for name, cal in found.items()]
     with step(console, "measure on the clock"):
-        clock = on_the_clock(done, rows, found, ask.batches)
+        clock = on_the_clock(done, rows, found, ask.batches, console)
     name = SHOWN if SHOWN in found else next(iter(found))
     made = as_dict(found[name])
     chosen = found[name] if made["certificate"] is not None else None
@@ -143,7 +143,11 @@ def policy_row(name: str, made: offramp.Calibration, trace: offramp.Trace) -> di
 @one_thread()
 @torch.no_grad()
 def on_the_clock(
-    done: Study, rows: list[dict[str, Any]], found: dict[str, offramp.Calibration], most: int | None
+    done: Study,
+    rows: list[dict[str, Any]],
+    found: dict[str, offramp.Calibration],
+    most: int | None,
+    console: Console,
 ) -> dict[str, Any]:
     """Run each row's policy and the full model over the same batches, interleaved, and add to the rows what came out.
 
@@ -159,7 +163,7 @@ def on_the_clock(
 
     clock = Clocked(done.exits.backbone.blocks, full)
     early = {row["name"]: Early(done.model, found[row["name"]].policy) for row in rows if "saved" in row}
-    timed = measure.interleaved({"full": full, "clocked": clock, **early}, batches, warm=2)
+    timed = timed_with_bar({"full": full, "clocked": clock, **early}, batches, console, "batches")
     targets = torch.cat([b["labels"] for b in done.batches[: len(batches)]])
     spent = [t.seconds for t in timed["full"]]
     for row in rows:
