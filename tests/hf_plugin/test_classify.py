@@ -73,7 +73,7 @@ def test_bench_measures_every_policy_and_the_classifier_is_reused(small, tmp_pat
         if measured:  # what ran is what was simulated, but for rows on the edge of a threshold
             assert row["moved"] <= 1 and sum(row["exits"].values()) == 100
     table = (tmp_path / "table.md").read_text()
-    assert table.startswith("| policy |") and "| `confidence` |" in table
+    assert table.startswith("| policy |") and "| `confidence` |" in table and "| policy | 2 blocks |" in table
     assert body["fit"]["reused"] is False and "Accuracy at equal mean cost" in result.output
     assert "reused" in CliRunner().invoke(build(), [*asked[:-1], "--policy", "margin"]).output
     assert [r["name"] for r in json.loads(out.read_text())["policies"]] == ["margin"]

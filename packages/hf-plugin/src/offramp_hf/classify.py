@@ -31,11 +31,12 @@ class Plan:
 
     train, calibrate, test: rows, disjoint; index: whether to look at the machine's package index; length: most tokens
     per row; warm, warm_lr: steps and rate of the heads on the frozen encoder; steps, batch, lr: of heads and encoder
-    together; own: share of the exits' loss that pulls them to the model's own last layer.
+    together; own: share of the exits' loss that pulls them to the model's own last layer; pull: weight of what pulls
+    the last layer to the exits, so that it says something else only where that pays.
     """
 
     train: int = 6000
-    calibrate: int = 4000
+    calibrate: int = 8000
     test: int = 4000
     index: bool = True
     length: int = 32
@@ -46,6 +47,7 @@ class Plan:
     batch: int = 48
     lr: float = 2e-4
     own: float = 0.3
+    pull: float = 0.0
     risk: str = "accuracy_drop"
     alpha: float = 0.01
     delta: float = 0.05
@@ -134,7 +136,7 @@ def train(
         model.classifier.load_state_dict(exits[how.at[-1]].proj.state_dict())
     with step(console, "fine-tune encoder and exits together"):
         moving = Shuffled(data, rows, tokenizer, how)
-        options: dict[str, Any] = {"curriculum": "none", "weighting": "uniform", "own": how.own}
+        options: dict[str, Any] = {"curriculum": "none", "weighting": "uniform", "own": how.own, "pull": how.pull}
         both = offramp.fit(
             model, moving, loss="layerskip", backbone=True, steps=how.steps, lr=how.lr, weight_decay=0.01, **options
         )

@@ -87,7 +87,9 @@ def _table(title: str, columns: Columns, rows: Sequence[dict[str, Any]]) -> Tabl
 
 
 def markdown(body: Mapping[str, Any]) -> str:
-    """Return the policies' table as the README has it, the fastest first, and those without a certificate in words."""
+    """Return what the README has: the certified policies, the fastest first, those without a certificate in words, and
+    all policies at equal cost.
+    """
     rows = sorted((r for r in body["policies"] if "saved" in r), key=lambda r: -r.get("speedup", 0.0))
     names = ("policy", "setting", "accuracy", "saved", "bound", "measured", "quartiles", "realised")
     lines = ["| " + " | ".join(names) + " |", "|---|---|" + "---:|" * (len(names) - 2)]
@@ -95,4 +97,17 @@ def markdown(body: Mapping[str, Any]) -> str:
         cells = [f"`{row['name']}`", *(POLICIES[name](row) for name in names[1:])]
         lines.append("| " + " | ".join(cells) + " |")
     none = [f"`{row['name']}`" for row in body["policies"] if "saved" not in row]
-    return "\n".join(lines) + (f"\n\nWithout a certified setting: {', '.join(none)}." if none else "") + "\n"
+    said = f"\n\nWithout a certified setting: {', '.join(none)}." if none else ""
+    return "\n".join(lines) + said + "\n\n" + _equal_cost(body["trace"]) + "\n"
+
+
+def _equal_cost(trace: Mapping[str, Any]) -> str:
+    """Return accuracy at equal mean cost as markdown, the best at half the cost first."""
+    full, unit = trace["full_cost"], trace["unit"]
+    costs = [full * s for s in SHARES]
+    rows = [(name, [at_cost(points, c) for c in costs]) for name, points in trace["curves"].items()]
+    said = f"Accuracy at equal mean cost, of {full:g} {unit} (the full model: {trace['full_accuracy']:.1%}):"
+    lines = [said, "", f"| policy | {' | '.join(f'{c:.3g} {unit}' for c in costs)} |", "|---|" + "---:|" * len(costs)]
+    for name, found in sorted(rows, key=lambda row: -(row[1][1] or 0.0)):
+        lines.append(f"| `{name}` | " + " | ".join(share(value) for value in found) + " |")
+    return "\n".join(lines)
