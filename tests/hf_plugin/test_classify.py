@@ -14,6 +14,7 @@ from offramp.cli import build
 from offramp.errors import BadArgument, DamagedFile
 from offramp.report import html, read
 from offramp_hf import bench_classify, classify, sections
+from offramp_hf.bench_classify import SHOWN
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "library", "development", "files", "for", "python", "perl", "module"]
 VOCABULARY += ["game", "documentation", "ruby", "haskell", "tool", "rust", "java", "gnu", "r", "to", "the", "and", "-"]
@@ -51,8 +52,8 @@ def test_demo_writes_a_report_with_a_certificate(small, tmp_path):
     assert page == html(body)
     for section in ("exits", "accuracy", "policies", "scores", "confusion", "certificate"):
         assert f'<section id="{section}">' in page
-    assert sum(body["exits"]["confidence, calibrated"].values()) == 100
-    row = next(r for r in body["policies"] if r["name"] == "confidence")
+    assert sum(body["exits"][f"{SHOWN}, calibrated"].values()) == 100
+    row = next(r for r in body["policies"] if r["name"] == SHOWN)
     assert row["speedup"] > 0 and row["saved"] > 0 and body["command"] == "offramp demo classify --quick"
 
 
@@ -75,8 +76,8 @@ def test_bench_measures_every_policy_and_the_classifier_is_reused(small, tmp_pat
     table = (tmp_path / "table.md").read_text()
     assert table.startswith("| policy |") and "| `confidence` |" in table and "| policy | 2 blocks |" in table
     assert body["fit"]["reused"] is False and "Accuracy at equal mean cost" in result.output
-    assert "reused" in CliRunner().invoke(build(), [*asked[:-1], "--policy", "margin"]).output
-    assert [r["name"] for r in json.loads(out.read_text())["policies"]] == ["margin"]
+    assert "reused" in CliRunner().invoke(build(), [*asked[:-1], "--policy", "entropy"]).output
+    assert [r["name"] for r in json.loads(out.read_text())["policies"]] == ["entropy"]
 
 
 def test_another_plan_is_fitted_anew(small, tmp_path, monkeypatch):
@@ -111,7 +112,7 @@ def test_nothing_certified_is_told_and_runs_everything(small, tmp_path, monkeypa
     assert result.exit_code == 0, result.output
     body = read(tmp_path / "report.json")
     assert body["certificate"] is None and "Nothing could be certified" in body["summary"]
-    assert "rows are needed" in next(r for r in body["policies"] if r["name"] == "confidence")["note"]
+    assert "rows are needed" in next(r for r in body["policies"] if r["name"] == SHOWN)["note"]
 
 
 def test_without_the_package_the_line_to_write_is_told(monkeypatch):
@@ -133,10 +134,10 @@ def test_the_real_encoder_keeps_its_promise(tmp_path):
 
     how = replace(classify.QUICK, calibrate=300, test=300)
     done = classify.study(how, tmp_path, 64, console())
-    made = bench_classify.calibrations(done.calibration, how, ("confidence",))["confidence"]
+    made = bench_classify.calibrations(done.calibration, how, (SHOWN,))[SHOWN]
     assert made.certificate is not None and made.certificate.alpha == how.alpha
-    row = bench_classify.policy_row("confidence", made, done.test)
-    clock = bench_classify.on_the_clock(done, [row], {"confidence": made}, None, console())
+    row = bench_classify.policy_row(SHOWN, made, done.test)
+    clock = bench_classify.on_the_clock(done, [row], {SHOWN: made}, None, console())
     assert clock["full_accuracy"] > 0.45  # 20 sections
     assert row["live_accuracy"] >= clock["full_accuracy"] - how.alpha and row["saved"] > 0.2
     assert Path(tmp_path / classify.FITTED / "model.safetensors").is_file()

@@ -30,8 +30,9 @@ from offramp_hf.classify_tables import tables
 from offramp_hf.clock import Clocked
 from offramp_hf.demo import one_thread, step, timed_with_bar
 
-#: the policy whose certificate is shown, and which the calibrators are compared on
-SHOWN = "confidence"
+#: the policy whose certificate is shown, and which the calibrators are compared on: of those that need no training of
+#: their own it saved most here (46 % of the blocks where confidence saved 44 %)
+SHOWN = "margin"
 #: what a calibrator that asks for a budget is asked to spend, as a share of the full model's cost
 BUDGET = 0.6
 #: share of blocks saved from which on a realised saving is told
