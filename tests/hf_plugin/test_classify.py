@@ -76,8 +76,16 @@ def test_bench_measures_every_policy_and_the_classifier_is_reused(small, tmp_pat
     table = (tmp_path / "table.md").read_text()
     assert table.startswith("| policy |") and "| `confidence` |" in table and "| policy | 2 blocks |" in table
     assert body["fit"]["reused"] is False and "Accuracy at equal mean cost" in result.output
-    assert "reused" in CliRunner().invoke(build(), [*asked[:-1], "--policy", "entropy"]).output
+    assert "reused" in CliRunner().invoke(build(), [*asked[:-1], "--policy", "entropy", "--batches", "1"]).output
     assert [r["name"] for r in json.loads(out.read_text())["policies"]] == ["entropy"]
+    assert json.loads(out.read_text())["clock"]["calls"] == 1
+
+
+def test_some_batches_stand_for_all_lengths():
+    batches = [{"labels": torch.zeros(n)} for n in (3, 3, 3, 2)]
+    kept, rows = bench_classify._evenly(batches, 2)
+    assert kept == [batches[0], batches[2]] and rows == [0, 1, 2, 6, 7, 8]
+    assert bench_classify._evenly(batches, None)[1] == list(range(11))
 
 
 def test_another_plan_is_fitted_anew(small, tmp_path, monkeypatch):

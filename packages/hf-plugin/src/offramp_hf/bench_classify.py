@@ -156,7 +156,9 @@ def on_the_clock(
     (rows that left elsewhere than simulated) and realised: time saved over what the skipped blocks would have cost,
     which is each block's measured time in the full model times the share of rows that had left before it.
     """
-    batches: list[Batch] = [{k: v for k, v in b.items() if k != "labels"} for b in done.batches[:most]]
+    picked, rows_of = _evenly(done.batches, most)
+    batches: list[Batch] = [{k: v for k, v in b.items() if k != "labels"} for b in picked]
+    tested = done.test[rows_of]
 
     def full(one: Batch) -> Tensor:
         logits: Tensor = done.model(**one).logits
@@ -165,13 +167,13 @@ def on_the_clock(
     clock = Clocked(done.exits.backbone.blocks, full)
     early = {row["name"]: Early(done.model, found[row["name"]].policy) for row in rows if "saved" in row}
     timed = timed_with_bar({"full": full, "clocked": clock, **early}, batches, console, "batches")
-    targets = torch.cat([b["labels"] for b in done.batches[: len(batches)]])
+    targets = torch.cat([b["labels"] for b in picked])
     spent = [t.seconds for t in timed["full"]]
     for row in rows:
         if row["name"] not in early:
             continue
         mine, policy = timed[row["name"]], found[row["name"]].policy
-        depths = offramp.simulate(done.test[: len(targets)], policy).depths
+        depths = offramp.simulate(tested, policy).depths
         stats, seconds = early[row["name"]].stats, [t.seconds for t in mine]
         ideal = sum(_ideal(*pair) for pair in zip(clock.kept[-len(batches) :], _parts(depths, batches), strict=True))
         counts = {d: int((depths == d).sum()) for d in stats.exits}
@@ -194,6 +196,15 @@ def on_the_clock(
         "full_accuracy": _accuracy(torch.cat([t.result for t in timed["full"]]), targets),
         "blocks_share": sum(map(sum, clock.kept[-len(batches) :])) / sum(t.seconds for t in timed["clocked"]),
     }
+
+
+def _evenly(batches: Sequence[Batch], most: int | None) -> tuple[list[Batch], list[int]]:
+    """Return at most so many batches, evenly over all, which are sorted by length, and their rows of the trace."""
+    count = min(len(batches), most or len(batches))
+    kept = [i * len(batches) // count for i in range(count)]
+    sizes = [len(b["labels"]) for b in batches]
+    rows = [sum(sizes[:i]) + j for i in kept for j in range(sizes[i])]
+    return [batches[i] for i in kept], rows
 
 
 def _parts(depths: Tensor, batches: Sequence[Batch]) -> Sequence[Tensor]:

@@ -38,7 +38,7 @@ def bench_classify(
     sample: Sample = False,
     size: Size = 64,
     policy: Annotated[list[str] | None, typer.Option(help="A policy to measure; repeat for several.")] = None,
-    batches: Annotated[int | None, typer.Option(min=1, help="At most so many batches on the clock.")] = None,
+    batches: Annotated[int | None, typer.Option(min=1, help="At most so many on the clock, evenly over all.")] = None,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the table of the README.")] = None,
     out: Json = None,
 ) -> None:
