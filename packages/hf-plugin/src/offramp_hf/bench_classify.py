@@ -101,16 +101,16 @@ def body_of(
 def told(body: dict[str, Any]) -> dict[str, Any]:
     """Return the summary and the tiles of the page."""
     row = next((r for r in body["policies"] if r["name"] == SHOWN), body["policies"][0])
-    full = body["clock"]["full_accuracy"]
+    full = body["trace"]["full_accuracy"]
     if "speedup" not in row:
         return {"summary": f"Nothing could be certified, so every row runs the whole model ({full:.1%} accurate)."}
     said = (
-        f"{body['model']}, classifies {body['data']}. Calibrated, it is right on {row['live_accuracy']:.1%} of them "
+        f"{body['model']}, classifies {body['data']}. Calibrated, it is right on {row['accuracy']:.1%} of them "
         f"(full model: {full:.1%}), skips {row['saved']:.0%} of the blocks and is {row['speedup']:.2f} times as fast."
     )
     tiles = [
         ("measured", f"{row['speedup']:.2f}×", f"throughput, batch {body['clock']['batch']}"),
-        ("accuracy", f"{row['live_accuracy']:.1%}", f"full model: {full:.1%}"),
+        ("accuracy", f"{row['accuracy']:.1%}", f"full model: {full:.1%}"),
     ]
     return {"summary": said, "tiles": tiles}
 

@@ -47,7 +47,7 @@ class Plan:
     batch: int = 48
     lr: float = 2e-4
     own: float = 0.3
-    pull: float = 0.0
+    pull: float = 0.5
     risk: str = "accuracy_drop"
     alpha: float = 0.01
     delta: float = 0.05

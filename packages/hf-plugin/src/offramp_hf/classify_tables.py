@@ -18,7 +18,7 @@ Columns = Mapping[str, Callable[[dict[str, Any]], str]]
 def tables(body: Mapping[str, Any]) -> list[Table]:
     """Return the tables of a run: policies, accuracy at equal cost, exits, calibrators."""
     clock, trace = body["clock"], body["trace"]
-    title = f"Policies at their certified setting; full model: {clock['full_accuracy']:.1%}, batch {clock['batch']}"
+    title = f"Policies at their certified setting; full model: {trace['full_accuracy']:.1%}, batch {clock['batch']}"
     columns = {k: v for k, v in POLICIES.items() if k != "quartiles"}  # what a terminal of 80 characters has room for
     found = [_table(title, columns, [row for row in body["policies"] if "saved" in row])]
     costs = [trace["full_cost"] * share for share in SHARES]
@@ -46,7 +46,7 @@ def times(row: Mapping[str, Any], key: str = "speedup") -> str:
 POLICIES: Columns = {
     "policy": lambda r: str(r["name"]),
     "setting": lambda r: setting(r["policy"]).removeprefix("threshold "),
-    "accuracy": lambda r: share(r.get("live_accuracy", r["accuracy"])),
+    "accuracy": lambda r: share(r["accuracy"]),
     "agree": lambda r: share(r["agreement"]),
     "saved": lambda r: share(r["saved"]),
     "bound": lambda r: times(r, "bound"),
