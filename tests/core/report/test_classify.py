@@ -29,7 +29,7 @@ def run():
         "tiles": [("measured", "1.62×", "throughput <of> all")],
         **as_dict(made),
         "trace": summary(table, made, None),
-        "policies": [{**row, "realised": 0.87}, none],
+        "policies": [{**row, "realised": 0.87, "moved": 2, "exits": {"1": 900, "3": 700}}, none],
         "exits": {"calibrated": {"1": 30, "3": 70}},
         "exit_scores": exit_scores(table),
         "confusion": confusion(table),
@@ -48,6 +48,7 @@ def test_what_was_measured_and_why_not(run):
     page = html(run)
     assert "1.62×" in page and "1.50 to 1.70" in page and "0.87" in page and "batch 64, 7 batches" in page
     assert "no &amp; more" in page and "throughput &lt;of&gt; all" in page
+    assert "Of 1,600 answers, 2 came from another exit live" in page
     full = run["trace"]["full_accuracy"]
     assert f"full model: {full:.1%}" in page and 'class="star"' in page
 

@@ -141,6 +141,15 @@ def policy_row(name: str, made: offramp.Calibration, trace: offramp.Trace) -> di
     return {**row, **shares, "cost_mean": out.cost_mean, "bound": 1 / (1 - out.saved) if out.saved < 1 else None}
 
 
+class Leaving(Early):
+    """A policy enabled outside the clock; a call returns logits [rows, classes] and the depths [rows] they are from."""
+
+    def __call__(self, inputs: Any) -> tuple[Tensor, Tensor]:
+        """Run the model."""
+        logits: Tensor = self.model(**inputs).logits
+        return logits, self.stats.last_depths
+
+
 @one_thread()
 @torch.no_grad()
 def on_the_clock(
@@ -165,7 +174,7 @@ def on_the_clock(
         return logits
 
     clock = Clocked(done.exits.backbone.blocks, full)
-    early = {row["name"]: Early(done.model, found[row["name"]].policy) for row in rows if "saved" in row}
+    early = {row["name"]: Leaving(done.model, found[row["name"]].policy) for row in rows if "saved" in row}
     timed = timed_with_bar({"full": full, "clocked": clock, **early}, batches, console, "batches")
     targets = torch.cat([b["labels"] for b in picked])
     spent = [t.seconds for t in timed["full"]]
@@ -174,17 +183,16 @@ def on_the_clock(
             continue
         mine, policy = timed[row["name"]], found[row["name"]].policy
         depths = offramp.simulate(tested, policy).depths
-        stats, seconds = early[row["name"]].stats, [t.seconds for t in mine]
+        seconds, left = [t.seconds for t in mine], torch.cat([t.result[1] for t in mine])
         ideal = sum(_ideal(*pair) for pair in zip(clock.kept[-len(batches) :], _parts(depths, batches), strict=True))
-        counts = {d: int((depths == d).sum()) for d in stats.exits}
         row |= {
             "seconds": sum(seconds),
             "rows_per_second": len(targets) / sum(seconds),
             "speedup": sum(spent) / sum(seconds),
             "speedup_quartiles": measure.quartiles([a / b for a, b in zip(spent, seconds, strict=True)]),
-            "exits": {str(d): n for d, n in sorted(stats.exits.items())},
-            "moved": sum(abs(n - counts[d]) for d, n in stats.exits.items()) // 2,
-            "live_accuracy": _accuracy(torch.cat([t.result.logits for t in mine]), targets),
+            "exits": {str(d): int((left == d).sum()) for d in left.unique().tolist()},
+            "moved": int((left != depths).sum()),
+            "live_accuracy": _accuracy(torch.cat([t.result[0] for t in mine]), targets),
             # where next to nothing is saved, the noise of the clock would be most of it
             "realised": (sum(spent) - sum(seconds)) / ideal if row["saved"] >= LEAST else None,
         }

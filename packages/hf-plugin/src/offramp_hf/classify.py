@@ -32,7 +32,8 @@ class Plan:
     train, calibrate, test: rows, disjoint; index: whether to look at the machine's package index; length: most tokens
     per row; warm, warm_lr: steps and rate of the heads on the frozen encoder; steps, batch, lr: of heads and encoder
     together; own: share of the exits' loss that pulls them to the model's own last layer; pull: weight of what pulls
-    the last layer to the exits, so that it says something else only where that pays.
+    the last layer to the exits, so that it says something else only where that pays; seed: of the split, by default
+    not the one (0) on which these settings were chosen.
     """
 
     train: int = 6000
@@ -51,7 +52,7 @@ class Plan:
     risk: str = "accuracy_drop"
     alpha: float = 0.01
     delta: float = 0.05
-    seed: int = 0
+    seed: int = 1
 
     def fitting(self) -> dict[str, Any]:
         """Return what the fitted weights depend on; a change of anything else reuses them."""

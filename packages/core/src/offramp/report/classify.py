@@ -95,6 +95,9 @@ def policies(run: Mapping[str, Any]) -> str:
         "the quartiles of the ratios batch by batch. Realised: time saved over what the skipped blocks would have cost."
         "</p>"
     )
+    if live := [one for one in found if "moved" in one]:
+        moved, total = sum(one["moved"] for one in live), sum(sum(one["exits"].values()) for one in live)
+        note += f"<p>Of {total:,} answers, {moved:,} came from another exit live than in the replay of the trace.</p>"
     bad = [one for one in found if one.get("note")]
     why = "".join(f"<dt>{escape(one['name'])}</dt><dd>{escape(one['note'])}</dd>" for one in bad)
     why = f'<p>Without a certified setting, and why:</p><dl class="fields">{why}</dl>' if why else ""
