@@ -54,6 +54,7 @@ def test_demo_writes_a_report_with_a_certificate(small, tmp_path):
         assert f'<section id="{section}">' in page
     assert sum(body["exits"][f"{SHOWN}, calibrated"].values()) == 100
     row = next(r for r in body["policies"] if r["name"] == SHOWN)
+    assert row["risk"] <= body["certificate"]["alpha"]  # the promise, on rows that it was not made on
     assert row["speedup"] > 0 and row["saved"] > 0 and body["command"] == "offramp demo classify --quick"
 
 
@@ -144,7 +145,7 @@ def test_the_real_encoder_keeps_its_promise(tmp_path):
     done = classify.study(how, tmp_path, 64, console())
     made = bench_classify.calibrations(done.calibration, how, (SHOWN,))[SHOWN]
     assert made.certificate is not None and made.certificate.alpha == how.alpha
-    row = bench_classify.policy_row(SHOWN, made, done.test)
+    row = bench_classify.policy_row(SHOWN, made, done.test, how.risk)
     clock = bench_classify.on_the_clock(done, [row], {SHOWN: made}, None, console())
     assert clock["full_accuracy"] > 0.45  # 20 sections
     assert row["live_accuracy"] >= clock["full_accuracy"] - how.alpha and row["saved"] > 0.2

@@ -21,6 +21,7 @@ from offramp.policy import SchedulePolicy
 from offramp.report import FORMAT
 from offramp.report.curves import summary
 from offramp.report.scores import confusion, exit_scores
+from offramp.risks import losses
 from offramp.trace import UNLABELLED
 from offramp_hf import measure
 from offramp_hf.bench import origin
@@ -70,7 +71,7 @@ def body_of(
     done: Study, how: Plan, found: dict[str, offramp.Calibration], ask: Ask, console: Console, verb: str = "bench"
 ) -> dict[str, Any]:
     """Measure the calibrated policies and return the JSON of a run; verb: of the command that asked."""
-    rows = [policy_row(name, cal, done.test) for name, cal in found.items()]
+    rows = [policy_row(name, cal, done.test, how.risk) for name, cal in found.items()]
     with step(console, "measure on the clock"):
         clock = on_the_clock(done, rows, found, ask.batches, console)
     name = SHOWN if SHOWN in found else next(iter(found))
@@ -131,13 +132,16 @@ def calibrations(trace: offramp.Trace, how: Plan, policies: Sequence[str] = ()) 
     return found
 
 
-def policy_row(name: str, made: offramp.Calibration, trace: offramp.Trace) -> dict[str, Any]:
-    """Return what a calibrated policy does to the rows of a trace; bound: the speed if only blocks took time."""
+def policy_row(name: str, made: offramp.Calibration, trace: offramp.Trace, risk: str) -> dict[str, Any]:
+    """Return what a calibrated policy does to the rows of a trace; risk: what the promise is about, measured here;
+    bound: the speed if only blocks took time.
+    """
     row: dict[str, Any] = {"name": name, "policy": made.policy.config(), "certified": made.certificate is not None}
     if made.certificate is None and name != "never":
         return {**row, "note": made.note.removeprefix("uncertified: ")}
     out = offramp.simulate(trace, made.policy)
     shares = {"accuracy": out.accuracy, "agreement": out.agreement, "saved": out.saved}
+    shares["risk"] = float(losses(trace, out.columns, risk).mean())
     return {**row, **shares, "cost_mean": out.cost_mean, "bound": 1 / (1 - out.saved) if out.saved < 1 else None}
 
 

@@ -48,6 +48,7 @@ POLICIES: Columns = {
     "setting": lambda r: setting(r["policy"]).removeprefix("threshold "),
     "accuracy": lambda r: share(r["accuracy"]),
     "agree": lambda r: share(r["agreement"]),
+    "risk": lambda r: share(r.get("risk"), ".2%"),
     "saved": lambda r: share(r["saved"]),
     "bound": lambda r: times(r, "bound"),
     "measured": times,
@@ -91,7 +92,7 @@ def markdown(body: Mapping[str, Any]) -> str:
     all policies at equal cost.
     """
     rows = sorted((r for r in body["policies"] if "saved" in r), key=lambda r: -r.get("speedup", 0.0))
-    names = ("policy", "setting", "accuracy", "saved", "bound", "measured", "quartiles", "realised")
+    names = ("policy", "setting", "accuracy", "risk", "saved", "bound", "measured", "quartiles", "realised")
     lines = ["| " + " | ".join(names) + " |", "|---|---|" + "---:|" * (len(names) - 2)]
     for row in rows:
         cells = [f"`{row['name']}`", *(POLICIES[name](row) for name in names[1:])]
