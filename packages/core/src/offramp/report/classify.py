@@ -92,8 +92,9 @@ def policies(run: Mapping[str, Any]) -> str:
     how = f"batch {clock['batch']}, {clock['calls']} batches, interleaved in one process" if clock else "held-out rows"
     note = (
         "<p>Each policy at its boldest certified setting, each promise by itself. Risk: what was promised to be small, "
-        "on these rows. Saved: blocks that did not run. Bound: the speed if nothing but blocks took time. Measured: full model's time over this one's, all batches together, and in brackets "
-        "the quartiles of the ratios batch by batch. Realised: time saved over what the skipped blocks would have cost."
+        "on these rows. Saved: blocks that did not run. Bound: the speed if nothing but blocks took time. Measured: "
+        "full model's time over this one's, all batches together, and in brackets the quartiles of the ratios batch by "
+        "batch. Realised: time saved over what the skipped blocks would have cost."
         "</p>"
     )
     if live := [one for one in found if "moved" in one]:
