@@ -78,9 +78,10 @@ class Reader(HTMLParser):
 
 def test_every_section_is_there(run):
     page = html(run)
-    assert [name for name, _, _ in sections(run)] == list(NAMES)
-    for name, heading in NAMES.items():
-        assert f'<section id="{name}"><h2>{heading}</h2>' in page and f'href="#{name}"' in page
+    found = [name for name, _, _ in sections(run)]
+    assert found == ["text", "exits", "curves", "certificate", "speed"]  # a classifier's are in test_classify.py
+    for name in found:
+        assert f'<section id="{name}"><h2>{NAMES[name].format(unit="token")}</h2>' in page and f'href="#{name}"' in page
 
 
 def test_the_page_is_whole(run):

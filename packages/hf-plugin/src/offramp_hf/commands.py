@@ -13,6 +13,7 @@ from rich.text import Text
 
 from offramp.cli import Json, console, group, options_from, write_json
 from offramp_hf.commands_bench import bench_encoder, bench_gate, bench_lm, bench_wide, tune
+from offramp_hf.commands_classify import bench_classify, demo_classify
 
 Model = Annotated[str, typer.Argument(help="Directory or hub id of a causal language model.")]
 Data = Annotated[list[Path], typer.Option("--data", help="Text files; repeat for several.")]
@@ -24,10 +25,12 @@ def add(app: typer.Typer) -> None:
     """Add the commands to the application."""
     table: dict[tuple[str, str], Callable[..., None]] = {
         ("demo", "lm"): demo_lm,
+        ("demo", "classify"): demo_classify,
         ("bench", "lm"): bench_lm,
         ("bench", "wide"): bench_wide,
         ("bench", "encoder"): bench_encoder,
         ("bench", "gate"): bench_gate,
+        ("bench", "classify"): bench_classify,
         ("fit", "lm"): fit_lm,
         ("record", "lm"): record_lm,
         ("generate", "lm"): generate_lm,

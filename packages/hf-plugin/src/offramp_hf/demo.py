@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +156,9 @@ def best_layer(model: Any, prompts: Sequence[Tensor], settings: Settings) -> int
     return int(min(timed, key=lambda name: sum(t.seconds for t in timed[name])))
 
 
-def timed_with_bar(ways: dict[str, Generate], prompts: Sequence[Tensor], console: Console) -> Any:
+def timed_with_bar(
+    ways: Mapping[str, Callable[[Any], Any]], prompts: Sequence[Any], console: Console, what: str = "prompts"
+) -> Any:
     """Measure with a progress bar that is drawn between prompts only: a thread that draws would be measured too."""
     columns = (
         TextColumn("  {task.description}"),
@@ -165,7 +167,7 @@ def timed_with_bar(ways: dict[str, Generate], prompts: Sequence[Tensor], console
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console, auto_refresh=False) as bar:
-        task = bar.add_task("prompts", total=len(prompts))
+        task = bar.add_task(what, total=len(prompts))
 
         def advance() -> None:
             bar.advance(task)

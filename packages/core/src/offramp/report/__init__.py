@@ -12,7 +12,7 @@ from offramp.report.page import sections as sections
 #: of the JSON that a report is built from
 FORMAT = 1
 #: what a run's JSON may hold, of which a report needs at least one
-PARTS = ("rows", "plain_rows", "certificate", "trace", "text", "exits")
+PARTS = ("rows", "plain_rows", "certificate", "trace", "text", "exits", "policies", "exit_scores", "confusion")
 
 
 def write(run: Mapping[str, Any], path: str | Path) -> None:
@@ -30,6 +30,7 @@ def read(path: str | Path) -> dict[str, Any]:
     body = read_json(Path(path), FORMAT, ())
     if not any(part in body for part in PARTS):
         raise DamagedFile(
-            f"{path} holds nothing to report (none of {', '.join(PARTS)}); make one with: offramp demo lm --out demo"
+            f"{path} holds nothing to report (none of {', '.join(PARTS)}); make one with: offramp demo lm --out demo, "
+            f"or offramp demo classify --out demo"
         )
     return body

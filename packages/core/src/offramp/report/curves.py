@@ -1,11 +1,13 @@
-"""What a report says about a trace: agreement of every exit, and quality against depth of several policies."""
+"""What a report says about a trace: agreement of every exit, and quality against depth and cost of policies."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from offramp._registry import lookup
+import torch
+
+from offramp._registry import lookup, names
 from offramp.calibration import Calibration
 from offramp.errors import BadArgument
 from offramp.policy import ExitPolicy
@@ -16,23 +18,34 @@ POLICIES = ("confidence", "margin", "entropy", "patience", "fixed", "saturation"
 MOST = 40
 
 
-def summary(trace: Trace, chosen: Calibration | None = None, policies: Sequence[str] = POLICIES) -> dict[str, Any]:
-    """Return plain JSON values: rows, depths, agreement of each exit, the curves, and where `chosen` lies."""
+def summary(
+    trace: Trace, chosen: Calibration | None = None, policies: Sequence[str] | None = POLICIES
+) -> dict[str, Any]:
+    """Return plain JSON values: rows, depths, agreement of each exit, the curves, and where `chosen` lies.
+
+    policies: names, None for all that have a curve. With labels the full model's accuracy and cost are there too.
+    """
     same = (trace.label == trace.label[:, -1:]).double().mean(0).tolist()
     body: dict[str, Any] = {
         "rows": len(trace),
         "depths": list(trace.depths),
         "data_hash": trace.data_hash,
         "exit_agreement": {str(d): round(a, 6) for d, a in zip(trace.depths, same, strict=True)},
-        "curves": {name: found for name in policies if (found := curve(trace, name))},
+        "curves": curves(trace, policies),
     }
+    full = simulate(trace, "never")
+    if full.accuracy is not None:
+        unit = "blocks" if tuple(torch.as_tensor(trace.costs).tolist()) == trace.depths else "cost"
+        body |= {"full_accuracy": full.accuracy, "full_cost": full.cost_mean, "unit": unit}
     if chosen is not None:
         body["chosen"] = {"policy": chosen.policy.config(), **_point(trace, chosen.policy)}
     return body
 
 
 def curve(trace: Trace, name: str) -> list[dict[str, Any]]:
-    """Return points {setting, depth_mean, agreement, saved} by depth; none where the policy does not fit the trace."""
+    """Return points {setting, depth_mean, cost_mean, agreement, saved} by depth, with labels `accuracy` too; none where
+    the policy does not fit the trace.
+    """
     try:
         rungs = (
             lookup(ExitPolicy, name).example(trace.depths[:-1], trace.classes).ladder(trace.depths[:-1], trace.classes)
@@ -46,6 +59,27 @@ def curve(trace: Trace, name: str) -> list[dict[str, Any]]:
     return sorted(seen.values(), key=lambda p: (p["depth_mean"], p["agreement"]))
 
 
+def curves(trace: Trace, policies: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
+    """Return the curve of each policy that has one on this trace, by name; None tries all that exist."""
+    wanted = names(ExitPolicy) if policies is None else policies
+    return {name: found for name in wanted if (found := curve(trace, name))}
+
+
+def at_cost(points: Sequence[Mapping[str, Any]], cost: float, what: str = "accuracy") -> float | None:
+    """Return the best `what` of a curve's points at this mean cost, in the trace's unit; None where all cost more.
+
+    A coin between two settings spends and earns in between, so the upper hull of the points is what counts.
+    """
+    reach = [(p["cost_mean"], p[what]) for p in points if what in p]
+    best: float | None = max((value for spent, value in reach if spent <= cost), default=None)
+    for low, below in reach:
+        for high, above in reach:
+            if low < cost < high:
+                mixed = below + (above - below) * (cost - low) / (high - low)
+                best = mixed if best is None else max(best, mixed)
+    return best
+
+
 def _thin(rungs: Sequence[ExitPolicy]) -> list[ExitPolicy]:
     """Return at most MOST rungs, evenly, with both ends."""
     if len(rungs) <= MOST:
@@ -55,7 +89,8 @@ def _thin(rungs: Sequence[ExitPolicy]) -> list[ExitPolicy]:
 
 def _point(trace: Trace, policy: ExitPolicy) -> dict[str, float]:
     out = simulate(trace, policy)
-    return {k: round(getattr(out, k), 6) for k in ("depth_mean", "agreement", "saved")}
+    found = {k: round(getattr(out, k), 6) for k in ("depth_mean", "cost_mean", "agreement", "saved")}
+    return found if out.accuracy is None else {**found, "accuracy": round(out.accuracy, 6)}
 
 
 def _setting(policy: ExitPolicy) -> Mapping[str, Any]:

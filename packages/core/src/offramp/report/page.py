@@ -7,15 +7,20 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from offramp.report import speed, svg
+from offramp.report import classify, speed, svg
 from offramp.report.words import explain, percent, promise
 
 #: tints of exits, shallow to deep; the full model is the last one and has no tint
 TINTS, FULL = 5, 9
 NAMES = {
     "text": "Generated text, coloured by depth",
-    "exits": "Where tokens were decided",
+    "exits": "Where {unit}s were decided",
+    "accuracy": "Accuracy against cost",
+    "policies": "Policies",
+    "calibrators": "Calibrators",
     "curves": "Quality against depth",
+    "scores": "What each exit knows",
+    "confusion": "How exits differ",
     "certificate": "Certificate",
     "speed": "Speed",
 }
@@ -43,13 +48,23 @@ def sections(run: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     made = {
         "text": _text(run),
         "exits": _exits(run),
+        "accuracy": classify.accuracy(run),
+        "policies": classify.policies(run),
+        "calibrators": classify.calibrators(run),
         "curves": _curves(run),
+        "scores": classify.scores(run),
+        "confusion": classify.confusion(run),
         "certificate": _certificate(run) if "certificate" in run else "",
         "speed": speed.tables(run),
     }
     for name, content in made.items():
         if content:
-            yield name, NAMES[name], content
+            yield name, NAMES[name].format(unit=_unit(run)), content
+
+
+def _unit(run: Mapping[str, Any]) -> str:
+    """Return what is decided: a token, or a row of a classifier's batch."""
+    return str(run.get("unit") or "token")
 
 
 def level_of(depth: int, depths: Sequence[int]) -> int:
@@ -99,6 +114,7 @@ def _lead(run: Mapping[str, Any]) -> str:
     if run.get("certificate"):
         c = run["certificate"]
         tiles.append(("promise", f"≤ {percent(c['alpha'])}", f"{c['risk']}, at {percent(1 - c['delta'])} confidence"))
+    tiles += [(str(a), str(b), str(c)) for a, b, c in run.get("tiles") or []]
     cells = "".join(
         f"<li><span>{escape(a)}</span><strong>{_together(b)}</strong><small>{_together(c)}</small></li>"
         for a, b, c in tiles
@@ -170,8 +186,9 @@ def _exits(run: Mapping[str, Any]) -> str:
             what = "full model" if d == depths[-1] else f"depth {d}"
             items.append((what, float(n), f"{n:,} ({n / total:.1%})", level_of(d, depths)))
         told = ", ".join(f"{what}: {text}" for what, _, text, _ in items)
-        title = f"Tokens by the depth at which they were decided{f', {name}' if name else ''}. {told}"
-        caption = f"<figcaption>{escape(name)}: {total:,} tokens</figcaption>" if name else ""
+        unit = _unit(run)
+        title = f"{unit.capitalize()}s by the depth at which they were decided{f', {name}' if name else ''}. {told}"
+        caption = f"<figcaption>{escape(name)}: {total:,} {unit}s</figcaption>" if name else ""
         parts.append(f"<figure>{caption}{svg.bars(items, title)}</figure>")
     return f'<div class="pair">{"".join(parts)}</div>'
 
@@ -179,7 +196,8 @@ def _exits(run: Mapping[str, Any]) -> str:
 def _curves(run: Mapping[str, Any]) -> str:
     trace = run.get("trace") or {}
     curves = {name: points for name, points in (trace.get("curves") or {}).items() if points}
-    if not curves:
+    curves = {name: curves[name] for name in list(curves)[: len(svg.MARKS)]}  # more lines could not be told apart
+    if not curves or trace.get("full_accuracy") is not None:  # with labels, accuracy against cost says more
         return ""
     series, lowest, chosen = [], 1.0, trace.get("chosen")
     for name, points in curves.items():
@@ -194,7 +212,7 @@ def _curves(run: Mapping[str, Any]) -> str:
     axes = svg.Axes(
         (depths[0], depths[-1]),
         (max(0.0, lowest - 0.03), 1.0),
-        "mean depth (blocks run per token)",
+        f"mean depth (blocks run per {_unit(run)})",
         "agreement",
         guides,
     )
