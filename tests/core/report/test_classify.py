@@ -16,8 +16,9 @@ from offramp.report.scores import confusion, exit_scores
 def run():
     n, depths = 400, (1, 2, 3)
     sure = torch.rand(n, 3).sort(1).values
-    label = torch.where(torch.rand(n, 3) < sure, 1, 0)
-    table = Trace(depths, {"top1": sure}, label, 3, targets=torch.ones(n, dtype=torch.long))
+    targets = torch.arange(n) % 2
+    label = torch.where(torch.rand(n, 3) < sure, targets[:, None], 1 - targets[:, None])
+    table = Trace(depths, {"top1": sure}, label, 3, targets=targets)
     made = calibrate(table, "confidence", risk="accuracy_drop", alpha=0.2)
     out = simulate(table, made)
     row = {"name": "confidence", **as_dict(made), "accuracy": out.accuracy, "agreement": 0.9, "saved": out.saved}
