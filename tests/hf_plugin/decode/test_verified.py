@@ -70,6 +70,7 @@ def example(name):
         more = {"at_least": {"depth": 2}, "decaying": {"length": NEW}, "tempered": {"temperature": 1.5}}[name]
         return {wraps[name]: inner, **more}
     own = {"fixed": {"depth": 2}, "patience": {"patience": 1}, "never": {}, "saturation": {"threshold": 0.5}}
+    own |= {"window": {"inner": "confidence", "low": 0.02, "high": 0.05}, "budgeted": {"inner": inner, "closed": [1]}}
     high = {"entropy": 4.0, "energy": 0.0, "agreement": 10.0}
     return own.get(name, {"threshold": high.get(name, 0.05)})
 

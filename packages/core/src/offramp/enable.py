@@ -39,7 +39,8 @@ class Stats:
     run; nonfinite: looks at an exit that could not stop a row because its evidence was not finite; last_depths: exit
     depth of each row (token) of the last call. Generation adds tokens, rounds (visits of the deepest block), drafted
     and accepted tokens, and projected: blocks of which only keys and values were computed (kv="propagate").
-    A token that runs a block again (kv="recompute") counts again.
+    A token that runs a block again (kv="recompute") counts again. busy: seconds inside blocks, heads and readout of
+    verified generation, on devices that run at once (CPU).
     """
 
     rows: int = 0
@@ -52,6 +53,7 @@ class Stats:
     drafted: int = 0
     accepted: int = 0
     projected: int = 0
+    busy: float = 0.0
     last_depths: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
     @property

@@ -20,7 +20,7 @@ from offramp_hf import bench_memory, measure
 from offramp_hf.bench_tables import details
 from offramp_hf.bench_tide import installed, tide
 from offramp_hf.clock import block_share, realised
-from offramp_hf.demo import FULL, QUICK, SWEEP, best_layer, make_ways, one_thread, step, table, timed_with_bar
+from offramp_hf.demo import EXTRA, FULL, QUICK, SWEEP, best_layer, make_ways, one_thread, step, table, timed_with_bar
 from offramp_hf.measure import Generate
 from offramp_hf.prepare import Settings, Text, calibrated, find_testbed, fitted, heldout, ids_of, load
 from offramp_hf.prompts import LINES, batches, read_prompts
@@ -178,7 +178,7 @@ def of_framework(
     subject: Subject, settings: Settings, calibration: Any, layer: int | None, ask: Ask
 ) -> dict[str, Generate]:
     """Return the ways of the demo and the two-model one; the framework drafts for one row only."""
-    every = make_ways(subject.model, settings, calibration or "never", layer or 1, ("never", "prompt_lookup"))
+    every = make_ways(subject.model, settings, calibration or "never", layer or 1, EXTRA)
     if ask.assistant is not None and ask.batch == 1:
         assistant = load(ask.assistant)[0].to(ask.device)
         ours, theirs = (m.config.get_text_config().vocab_size for m in (subject.model, assistant))

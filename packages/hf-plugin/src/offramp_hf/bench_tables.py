@@ -18,6 +18,7 @@ def details(title: str, rows: Sequence[dict[str, Any]]) -> Table:
         "/round": lambda r: _or_dash(r["tokens_per_round"], ".2f"),
         "bound": lambda r: _or_dash(r["bound"], ".2f", "x"),
         "of bound": lambda r: _or_dash(r.get("of_bound"), ".0%"),
+        "busy": lambda r: _or_dash(r.get("busy"), ".0%"),
         "realised": lambda r: _or_dash(r["realised"], ".2f"),
     }
     if any("peak_memory" in row for row in rows):

@@ -131,6 +131,10 @@ def study(
     return Study(rows, trace, calibration, fit, ways, timed, prompts, tokenizer, depth)
 
 
+#: ways that only some measurements want
+EXTRA = ("never", "hybrid", "prompt_lookup")
+
+
 def make_ways(
     model: Any, settings: Settings, calibration: Any, layer: int, extra: Sequence[str]
 ) -> dict[str, Generate]:
@@ -140,11 +144,12 @@ def make_ways(
         "generate": Generate("generate", model, new),
         "never": Generate("never", model, new, "never"),
         "verified": Generate("verified", model, new, confident, {"verify": True}),
+        "hybrid": Generate("hybrid", model, new, confident, {"verify": True, "draft": "hybrid"}),
         "calibrated": Generate("calibrated", model, new, calibration, {"kv": "catch_up"}),
         "assistant_early_exit": Generate("assistant_early_exit", model, new, arguments={"assistant_early_exit": layer}),
         "prompt_lookup": Generate("prompt_lookup", model, new, arguments={"prompt_lookup_num_tokens": 5}),
     }
-    return {k: v for k, v in every.items() if k not in ("never", "prompt_lookup") or k in extra}
+    return {k: v for k, v in every.items() if k not in EXTRA or k in extra}
 
 
 def best_layer(model: Any, prompts: Sequence[Tensor], settings: Settings) -> int:

@@ -139,7 +139,9 @@ def rows(
     """Return one row of plain JSON values per way; speeds are relative to the way called `base`.
 
     tokens_per_second: all tokens over all seconds; speedup: its ratio to that of `base` (where the texts are identical,
-    the ratio of the total times); speedup_median and speedup_quartiles: of the ratios prompt by prompt; identical: all
+    the ratio of the total times); busy: share of the time inside blocks, heads and readout, that is the speed as a
+    share of its bound from the measured times of these; speedup_median and speedup_quartiles: of the ratios prompt by
+    prompt; identical: all
     token ids of all prompts are equal; agreement: share of tokens that the full model chooses after the same text. Of
     sampled text neither says anything: None.
     """
@@ -177,6 +179,7 @@ def rows(
         out.append({**row, **counts(way, sum(made), depth, batch)})
         if out[-1].get("bound"):
             out[-1]["of_bound"] = out[-1]["speedup"] / out[-1]["bound"]
+        out[-1]["busy"] = way.stats.busy / sum(t.seconds for t in mine) or None
     return out
 
 

@@ -95,7 +95,8 @@ class Given:
         masks = {id(v) for k, v in self.arguments.items() if self.kinds[k] == "mask"}
         shorter = [t[..., 1:] if id(t) in masks else t for t in self.tensors]
         inputs = [state, layer.keys, layer.values, *self.tensors]
-        return Example(function, inputs, [state, layer.keys[:, :, 1:], layer.values[:, :, 1:], *shorter])
+        other = [state, layer.keys[:, :, 1:], layer.values[:, :, 1:], *shorter]
+        return Example(function, inputs, other, (new == 1, tuple(self.arguments)))
 
 
 def recordable(state: Tensor, layer: GrowingLayer) -> bool:

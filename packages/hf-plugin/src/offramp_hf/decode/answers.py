@@ -83,7 +83,7 @@ class Answers:
 
         inputs = hidden, around.positions, layer.keys, layer.values, *masks
         shorter = hidden, around.positions, layer.keys[:, :, 1:], layer.values[:, :, 1:], *(m[..., 1:] for m in masks)
-        self.mixing.learn(level, shape, mixed, lambda: Example(function, inputs, shorter))
+        self.mixing.learn(level, shape, mixed, lambda: Example(function, inputs, shorter, new == 1))
         return mixed
 
     def seen(self, new: int, slots: int, device: torch.device) -> Tensor:
@@ -105,5 +105,5 @@ def _run(replay: Replay, index: int, function: Callable[[Tensor], Any], state: T
         return step[0](state, *step[1])
     out: Any = function(state)
     call: Function = function
-    replay.learn(index, shape, out, lambda: Example(call, [state], [state]))
+    replay.learn(index, shape, out, lambda: Example(call, [state], [state], shape[1]))
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,7 @@ class Branching:
         driver.place.tree = self.tree
         try:
             looks = self.grow()
-            logits = driver.context.readout(driver.finish())
+            logits, _ = driver.answer(driver.finish())
         finally:
             driver.place.tree = None
         self.settle(logits, looks)
@@ -89,11 +90,14 @@ class Branching:
     def predict(self, state: Tensor) -> Tensor:
         """Return the exit's logits [batch, nodes, classes] of the newest nodes."""
         driver = self.driver
+        began = perf_counter()
         if self.level in driver.memories:
             memory = driver.memories[self.level]
             memory.read(driver.place)
             state = memory.mixed[:, -state.shape[1] :]
-        out: Tensor = driver.heads[self.level](state)
+        out = driver.answers.predict(self.level, state)
+        if driver.clock is not None:
+            driver.spend(began)
         return out
 
     def settle(self, logits: Tensor, looks: list[Look]) -> None:

@@ -56,6 +56,17 @@ class Clock:
             mean = self.windows.get((0, depth, 1))
             if mean is not None and mean.count >= ENOUGH:
                 self.setup.low[level] = depth * mean.value / block
+        apart = [self.apart(depth) for depth in self.setup.depths]
+        self.setup.split = next((max(0.0, seconds / block) for seconds in apart if seconds is not None), 0.0)
+
+    def apart(self, depth: int) -> float | None:
+        """Return what two calls, up to `depth` and from there on, take more than one of all blocks; None: not known."""
+        whole = self.setup.depth
+        found = [self.windows.get(key) for key in ((0, depth, 1), (depth, whole, 1), (0, whole, 1))]
+        if any(mean is None or mean.count < ENOUGH for mean in found):
+            return None
+        low, deep, full = (mean.value for mean in found if mean is not None)
+        return depth * low + (whole - depth) * deep - whole * full
 
     def one(self, start: int, stop: int) -> float | None:
         """Return the seconds per block of one token in this window, or in the longest one known."""

@@ -90,7 +90,7 @@ class Driver:
         began = perf_counter()
         state: Tensor = self.runner.window(tokens, start, stop, hidden, self.place, frozen)
         if self.clock is not None:
-            self.clock.window(perf_counter() - began, start, stop, tokens.shape[1])
+            self.clock.window(self.spend(began), start, stop, tokens.shape[1])
         self.run.stats.blocks_run += (stop - start) * self.rows.batch
         if high == self.last:
             self.run.stats.rounds += 1
@@ -99,6 +99,12 @@ class Driver:
         if high in self.passed:
             self.passed[high].append(state)
         return state
+
+    def spend(self, began: float) -> float:
+        """Return the seconds since `began` and count them as spent in blocks, heads or readout."""
+        seconds = perf_counter() - began
+        self.run.stats.busy += seconds
+        return seconds
 
     def legs(self, low: int, high: int) -> list[int]:
         """Return the levels to stop at on the way from `low` to `high`: those where someone wants every state."""

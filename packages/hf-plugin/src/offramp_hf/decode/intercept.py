@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -152,7 +153,10 @@ class Call:
         backbone: Any = run.backbone
         mixing = [d for d in run.exits.at if type(run.exits[d]).mixes]
         with backbone.chain().capture(mixing) if mixing else nullcontext({}) as states:
+            began = perf_counter()
             first = _compat.prefill(model, rows.ids[:, : rows.prompt], config, inputs)[:, -1]
+        if run.options.verify and first.device.type == "cpu":
+            run.stats.busy += perf_counter() - began
         run.stats.blocks_run += run.backbone.depth * rows.batch
         run.stats.rounds += 1
         scores = chooser.scores(rows.ids[:, : rows.prompt], first)

@@ -129,7 +129,7 @@ class Verified(Driver):
             self.run.stats.nonfinite += bad
             looks.append(Look(level, len(drafts), sure, tokens, accepted))
             if self.clock is not None:
-                self.clock.look(perf_counter() - began)
+                self.clock.look(self.spend(began))
             if self.drafter.wants(looks[-1], live):
                 looks[-1].drafted = True
                 return token[:, None], scores
@@ -179,7 +179,7 @@ class Verified(Driver):
         given: how many of the drafts were proposed for each row, when no exit made them.
         """
         rows, count = self.rows, len(drafts)
-        logits, top = self.answers.readout(self.finish())
+        logits, top = self.answer(self.finish())
         made = torch.cat(drafts, 1).tolist() if drafts else [[] for _ in range(rows.batch)]
         plain = self.chooser.plain and not self.chooser.sample
         best = top.tolist() if plain else None
@@ -203,6 +203,14 @@ class Verified(Driver):
             self.drafter.learn(Outcome(row, tokens, drafted, kept[row], looks, shadows.get(row, ()), given is not None))
             self.run.stats.drafted += drafted
         self.keep(count + 1, kept)
+
+    def answer(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (logits [..., classes], their largest [...]) of the full model for its last states [..., width]."""
+        began = perf_counter()
+        found = self.answers.readout(state)
+        if self.clock is not None:
+            self.spend(began)
+        return found
 
     def shadows(self, count: int) -> dict[int, list[Shadow]]:
         """Return by row what every exit says at the first `count` places of this round."""
