@@ -10,6 +10,8 @@ from offramp.draft import Setup
 NEW = 0.05
 #: measurements before the running means are believed; of calls of many tokens, which come in many sizes, fewer do
 ENOUGH, FEW = 8, 2
+#: measurements that the first guess of what one more token adds counts for
+PRIOR = 8
 
 
 class Clock:
@@ -24,6 +26,8 @@ class Clock:
         self.setup = setup
         self.windows: dict[tuple[int, int, int], Mean] = {}
         self.looks, self.rests = Mean(), Mean()
+        #: how often the cost of one more token was measured
+        self.slopes = 0
         #: seconds of this round that are accounted for
         self.spent = 0.0
 
@@ -32,10 +36,14 @@ class Clock:
         self.spent += seconds
         mean = self.windows.setdefault((start, stop, tokens), Mean())
         mean.add(seconds / (stop - start))
-        one = self.one(start, stop)
-        if one is not None and tokens > 1 and mean.count >= FEW:
-            slope = max(0.0, (mean.value / one - 1) / (tokens - 1))
-            self.setup.wider += NEW * (slope - self.setup.wider)
+        if mean.count >= FEW:
+            fewer, short = self.shortest(start, stop)
+            # seconds = one * (1 + wider * (tokens - 1)) of both calls
+            rest = short * (tokens - 1) - mean.value * (fewer - 1)
+            if tokens > fewer and rest > 0:
+                self.slopes += 1
+                slope = max(0.0, (mean.value - short) / rest)
+                self.setup.wider += max(NEW, 1 / (PRIOR + self.slopes)) * (slope - self.setup.wider)
 
     def look(self, seconds: float) -> None:
         """Take in the time of a look."""
@@ -67,6 +75,12 @@ class Clock:
             return None
         low, deep, full = (mean.value for mean in found if mean is not None)
         return depth * low + (whole - depth) * deep - whole * full
+
+    def shortest(self, start: int, stop: int) -> tuple[int, float]:
+        """Return (tokens, seconds per block) of the shortest call known of these blocks."""
+        known = [k for k, mean in self.windows.items() if k[:2] == (start, stop) and mean.count >= FEW]
+        least = min(known, key=lambda k: k[2])
+        return least[2], self.windows[least].value
 
     def one(self, start: int, stop: int) -> float | None:
         """Return the seconds per block of one token in this window, or in the longest one known."""
