@@ -77,7 +77,7 @@ def test_shadows_are_what_the_exits_say(monkeypatch):
     model = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=50, eos_token_id=None, pad_token_id=0, **sizes)).eval()
     exits = offramp.attach(model, at=[1, 2], head="translator")
     kept = []
-    with offramp.enable(model, "fixed", depth=1, verify=True, draft="del") as run:
+    with offramp.enable(model, "fixed", depth=1, verify=True, draft={"rule": "del", "every": 1}) as run:
         model.generate(torch.arange(3, 9)[None], max_new_tokens=2, do_sample=False)  # makes the drafter
         drafter = run.memory[run.rule][0]
         learn = drafter.learn
@@ -93,3 +93,10 @@ def test_shadows_are_what_the_exits_say(monkeypatch):
             # places past the accepted drafts were run on drafts that are not in the text
             assert shadow.tokens[: outcome.kept] == said.argmax(-1).tolist()[: outcome.kept]
         at += outcome.kept
+
+
+def test_looks_at_all_exits_stay_cheap():
+    paper, dear, free = start(every=1), start(head=0.8), start()
+    for drafter, shadows in ((paper, 40), (dear, 8), (free, 40)):  # 3 heads of 0.8 are 30 % of 8 blocks
+        drafter.learn(next(iter(recorded(1))))
+        assert sum(drafter.plan(5).shadow for _ in range(40)) == shadows

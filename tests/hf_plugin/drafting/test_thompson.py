@@ -2,6 +2,8 @@
 
 import random
 
+import pytest
+
 from offramp._registry import create
 from offramp.draft import DraftRule, Look, Outcome, Setup
 
@@ -49,9 +51,17 @@ def lengths(drafter, rate, rounds, seed):
     return total / rounds
 
 
-def test_length_adapts_when_the_regime_changes():
-    drafter = start(forgetting=0.9)
+@pytest.mark.parametrize("priced", [False, True])
+def test_length_adapts_when_the_regime_changes(priced):
+    drafter = start(forgetting=0.9, priced=priced)
     easy = lengths(drafter, 0.95, 150, 1)
     hard = lengths(drafter, 0.1, 150, 2)
     again = lengths(drafter, 0.95, 150, 3)
     assert easy > 2.5 * hard and again > 2.5 * hard and hard < 2
+
+
+def test_drafts_that_do_not_pay_are_left_out():
+    dear = create(DraftRule, "thompson").start(Setup((4,), 8, (0,), head=2.0))  # a draft costs 6 of 8 blocks
+    for _ in range(20):
+        dear.learn(outcome(4, 5))
+    assert lengths(dear, 0.8, 200, 1) < 1.5  # two of them are kept with 0.64
