@@ -17,8 +17,7 @@ class Setup:
 
     depths: of the exits; depth: of the model; levels: indices of the exits that the policy could ever accept; head: one
     look at an exit; wider: what one more token adds to a call of blocks, as a share of the call; low: one token's way
-    to each exit; split: running blocks in two calls instead of one, as the first look of a round makes necessary. The
-    decoder measures these as it goes where it can.
+    to each exit. The decoder measures these as it goes where it can.
     """
 
     depths: tuple[int, ...]
@@ -27,7 +26,6 @@ class Setup:
     head: float = 0.0
     wider: float = 0.0
     low: list[float] = field(default_factory=list)
-    split: float = 0.0
 
     def __post_init__(self) -> None:
         self.low = self.low or [float(depth) for depth in self.depths]

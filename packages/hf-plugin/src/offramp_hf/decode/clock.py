@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from offramp.draft import Setup
+from offramp.draft import Look, Setup
 
 #: weight of a new measurement in the running means
 NEW = 0.05
@@ -12,6 +13,8 @@ NEW = 0.05
 ENOUGH, FEW = 8, 2
 #: measurements that the first guess of what one more token adds counts for
 PRIOR = 8
+#: most that drafting is taken to cost, in sums of its parts
+MOST = 3.0
 
 
 class Clock:
@@ -25,7 +28,9 @@ class Clock:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.windows: dict[tuple[int, int, int], Mean] = {}
-        self.looks, self.rests = Mean(), Mean()
+        self.looks, self.rests, self.plain = Mean(), Mean(), Mean()
+        #: running means of what the looks of a round cost in blocks: by their parts, and by the clock
+        self.told = self.found = 0.0
         #: how often the cost of one more token was measured
         self.slopes = 0
         #: seconds of this round that are accounted for
@@ -50,31 +55,41 @@ class Clock:
         self.spent += seconds
         self.looks.add(seconds)
 
-    def round(self, seconds: float) -> None:
-        """Take in the time of a whole round, and say in the setup what things cost in blocks."""
+    def round(self, seconds: float, looks: Sequence[Look] | None) -> None:
+        """Take in the time of a whole round, and say in the setup what things cost in blocks.
+
+        looks: at exits in this round; None: its drafts came from elsewhere.
+        """
         self.rests.add(max(0.0, seconds - self.spent))
         self.spent = 0.0
-        one = self.one(0, self.setup.depth)
+        if looks is not None and not looks:
+            self.plain.add(seconds)
+        one, setup = self.one(0, self.setup.depth), self.setup
         if one is None or self.rests.count < ENOUGH:
             return
-        block = one + self.rests.value / self.setup.depth
+        block = one + self.rests.value / setup.depth
+        if self.plain.count >= ENOUGH:
+            block = self.plain.value / setup.depth
+        if looks and self.looks.count >= ENOUGH:
+            costs = sum(self.draft(look.level, block) if look.drafted else self.looks.value / block for look in looks)
+            self.told += NEW * (costs - self.told)
+            self.found += NEW * (min(seconds / block, 2 * (setup.depth + costs)) - setup.depth - self.found)
+        # drafting costs more than its parts: a call cut in two, code and weights that the processor forgot
+        more = min(max(self.found / self.told, 1.0), MOST) if self.told > 0 else 1.0
         if self.looks.count >= ENOUGH:
-            self.setup.head = self.looks.value / block
-        for level, depth in enumerate(self.setup.depths):
-            mean = self.windows.get((0, depth, 1))
-            if mean is not None and mean.count >= ENOUGH:
-                self.setup.low[level] = depth * mean.value / block
-        apart = [self.apart(depth) for depth in self.setup.depths]
-        self.setup.split = next((max(0.0, seconds / block) for seconds in apart if seconds is not None), 0.0)
+            setup.head = more * self.looks.value / block
+        for level, depth in enumerate(setup.depths):
+            setup.low[level] = more * self.low(depth, block)
 
-    def apart(self, depth: int) -> float | None:
-        """Return what two calls, up to `depth` and from there on, take more than one of all blocks; None: not known."""
-        whole = self.setup.depth
-        found = [self.windows.get(key) for key in ((0, depth, 1), (depth, whole, 1), (0, whole, 1))]
-        if any(mean is None or mean.count < ENOUGH for mean in found):
-            return None
-        low, deep, full = (mean.value for mean in found if mean is not None)
-        return depth * low + (whole - depth) * deep - whole * full
+    def low(self, depth: int, block: float) -> float:
+        """Return what one token's way to an exit takes, in blocks."""
+        mean = self.windows.get((0, depth, 1))
+        return depth * mean.value / block if mean is not None and mean.count >= ENOUGH else float(depth)
+
+    def draft(self, level: int, block: float) -> float:
+        """Return the sum of the parts of a draft, in blocks."""
+        depth = self.setup.depths[level]
+        return self.low(depth, block) + self.looks.value / block + self.setup.wider * (self.setup.depth - depth)
 
     def shortest(self, start: int, stop: int) -> tuple[int, float]:
         """Return (tokens, seconds per block) of the shortest call known of these blocks."""

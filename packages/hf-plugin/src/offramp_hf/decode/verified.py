@@ -44,6 +44,8 @@ class Verified(Driver):
         if self.rows.ids.device.type == "cpu":
             self.clock = run.memory[self.rule][1]
         self.asked = self.drafter.levels
+        #: looks of this round; None where its drafts came from elsewhere
+        self.looked: list[Look] | None = None
         self.drafter.begin(self.rows.batch)
 
     def generate(self) -> None:
@@ -52,10 +54,11 @@ class Verified(Driver):
             began = perf_counter()
             self.round()
             if self.clock is not None:
-                self.clock.round(perf_counter() - began)
+                self.clock.round(perf_counter() - began, self.looked)
 
     def round(self) -> None:
         """Draft, run the deep blocks once on all drafts, commit what they confirm and one token more."""
+        self.looked = None
         rows, live = self.rows, [r for r in range(self.rows.batch) if self.rows.live(r)]
         room = max(rows.longest - rows.length[r] - 1 for r in live)
         if self.rule.reads and room > 0:
@@ -179,6 +182,7 @@ class Verified(Driver):
         given: how many of the drafts were proposed for each row, when no exit made them.
         """
         rows, count = self.rows, len(drafts)
+        self.looked = looks if given is None else None
         logits, top = self.answer(self.finish())
         made = torch.cat(drafts, 1).tolist() if drafts else [[] for _ in range(rows.batch)]
         plain = self.chooser.plain and not self.chooser.sample

@@ -77,12 +77,11 @@ class Pace(Drafter):
         for one in outcome.looks:
             if one.place < len(outcome.tokens):
                 self.note(one.level, one.sure[outcome.row], one.tokens[outcome.row] == outcome.tokens[one.place])
-            split = 0.0 if one.place else self.setup.split
             if one.drafted:
                 won = one.place < outcome.kept - 1
-                self.earned(one.level, depth * (won - self.price(one.level)) - split)
+                self.earned(one.level, depth * (won - self.price(one.level)))
             else:
-                self.earned(one.level, -self.setup.head - split)
+                self.earned(one.level, -self.setup.head)
 
     def chance(self, index: int, confidence: float | None) -> float:
         """Return the acceptance rate seen at exit `index` for this confidence."""
