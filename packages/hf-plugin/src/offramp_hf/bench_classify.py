@@ -26,7 +26,7 @@ from offramp.trace import UNLABELLED
 from offramp_hf import measure
 from offramp_hf.bench import origin
 from offramp_hf.bench_shapes import Early
-from offramp_hf.classify import Batch, Plan, Study, plan, study
+from offramp_hf.classify import Batch, Plan, Study, plan, regated, study
 from offramp_hf.classify_tables import tables
 from offramp_hf.clock import Clocked
 from offramp_hf.demo import one_thread, step, timed_with_bar
@@ -61,10 +61,37 @@ def classify(ask: Ask, console: Console) -> dict[str, Any]:
     with step(console, "calibrate every policy"):
         found = calibrations(done.calibration, how, ask.policies)
     body = body_of(done, how, found, ask, console)
+    rows = other_gates(done, how, ask, console)
+    again = {row["name"] for row in rows}
+    body["policies"] = [row for row in body["policies"] if row["name"] not in again] + rows
     for one in tables(body):
         console.print(one)
     console.print(f"{body['machine']}, {body['date']}; data: {body['data']}", soft_wrap=True)
     return body
+
+
+def other_gates(done: Study, how: Plan, ask: Ask, console: Console) -> list[dict[str, Any]]:
+    """Return the rows of policies that read a gate of another kind, each kind fitted beside the same exits in turn."""
+    found: list[dict[str, Any]] = []
+    first = done.exits.gate
+    for gate in offramp.names(offramp.ExitGate):
+        wanted = asking(gate, ask.policies)
+        if gate == first or not wanted:
+            continue
+        with step(console, f"fit gate {gate!r} and record"):
+            done = regated(done, gate, how)
+        made = calibrations(done.calibration, how, wanted)
+        rows = [policy_row(name, cal, done.test, how.risk) for name, cal in made.items()]
+        on_the_clock(done, rows, made, ask.batches, console)
+        found += rows
+    return found
+
+
+def asking(gate: str, chosen: Sequence[str]) -> list[str]:
+    """Return the policies, of those chosen (empty: of all), whose own statistic is this gate's."""
+    policies = {name: lookup(offramp.ExitPolicy, name) for name in chosen or offramp.names(offramp.ExitPolicy)}
+    statistic = lookup(offramp.ExitGate, gate).statistic
+    return [name for name, policy in policies.items() if statistic in policy.needs]
 
 
 def body_of(

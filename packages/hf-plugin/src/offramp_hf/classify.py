@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 import offramp
+from offramp._registry import lookup
 from offramp.checkpoint import read_bytes, write_text
 from offramp.errors import BadArgument, DamagedFile
 from offramp_hf import sections
@@ -69,7 +70,10 @@ QUICK = replace(SAMPLE, train=400, calibrate=300, test=300, warm=60, steps=6, al
 
 @dataclass
 class Study:
-    """A fine-tuned encoder with exits, and what they say on rows that it was not trained on."""
+    """A fine-tuned encoder with exits, and what they say on rows that it was not trained on.
+
+    batches: of the test rows; chosen: of the calibration rows; gating: that a gate is fitted on.
+    """
 
     model: Any
     exits: Any
@@ -78,6 +82,8 @@ class Study:
     calibration: offramp.Trace
     test: offramp.Trace
     batches: list[Batch]
+    chosen: list[Batch]
+    gating: list[Batch]
     fit: dict[str, Any]
 
 
@@ -103,7 +109,26 @@ def study(how: Plan, folder: Path, size: int, console: Console) -> Study:
         tested = batched(data, range(cut, len(data.texts)), tokenizer, size, how.length)
         chosen = batched(data, range(how.train, cut), tokenizer, size, how.length)
         first, second = (offramp.record(model, part, logits=True, progress=True) for part in (chosen, tested))
-    return Study(model, exits, data.names, data.source, first, second, tested, fit)
+    gating = _for_gates(data, tokenizer, how)
+    return Study(model, exits, data.names, data.source, first, second, tested, chosen, gating, fit)
+
+
+def _for_gates(data: sections.Sections, tokenizer: Any, how: Plan) -> list[Batch]:
+    return batched(data, range(how.train), tokenizer, 64, how.length)[::3]  # a third is plenty for so few weights
+
+
+def regated(done: Study, gate: str, how: Plan) -> Study:
+    """Return a study of the same encoder and heads with another gate beside them, fitted and recorded; the old exits
+    are detached.
+    """
+    heads = {depth: done.exits[depth].state_dict() for depth in done.exits.at}
+    done.exits.detach()
+    exits = offramp.attach(done.model, how.at, head="linear", gate=gate)
+    for depth, weights in heads.items():
+        exits[depth].load_state_dict(weights)
+    offramp.fit(done.model, done.gating, loss=lookup(offramp.ExitGate, gate).loss, steps=how.warm, rows=1024)
+    first, second = (offramp.record(done.model, part, logits=True) for part in (done.chosen, done.batches))
+    return replace(done, exits=exits, calibration=first, test=second)
 
 
 def fitted(how: Plan, data: sections.Sections, folder: Path, console: Console) -> tuple[Any, Any, Any, dict[str, Any]]:
@@ -142,7 +167,7 @@ def train(
             model, moving, loss="layerskip", backbone=True, steps=how.steps, lr=how.lr, weight_decay=0.01, **options
         )
     with step(console, "fit the gate"):
-        gate = offramp.fit(model, still[::3], loss="gate", steps=how.warm, rows=1024)  # a third is plenty for one layer
+        gate = offramp.fit(model, _for_gates(data, tokenizer, how), loss="gate", steps=how.warm, rows=1024)
     seconds = heads.seconds + both.seconds + gate.seconds
     return {"seconds": seconds, "first_loss": both.losses[0], "last_loss": sum(both.losses[-10:]) / 10}
 
