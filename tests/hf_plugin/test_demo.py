@@ -57,7 +57,7 @@ def test_demo_end_to_end_and_again(small, tmp_path, monkeypatch):
     assert body["trace"]["rows"] == 100 and "confidence" in body["trace"]["curves"]
     assert all(len(one["tokens"]) for one in body["text"])
     page = (tmp_path / "report.html").read_text()
-    assert all(f'<section id="{name}">' in page for name in ("text", "exits", "curves", "certificate", "speed"))
+    assert all(f'<section id="{name}">' in page for name in ("text", "exits", "accuracy", "certificate", "speed"))
     assert not body["fit"]["reused"]
 
     def refuse(*args, **kwargs):
