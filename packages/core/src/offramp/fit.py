@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,7 +179,7 @@ def _train(
     shape = lambda s: min(1.0, (s + 1) / warm) * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * s / steps)).item())  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
     losses = []
-    with torch.enable_grad():
+    with torch.enable_grad(), learning(exits):
         for step, seen in zip(track(range(steps), "fit exits", progress, steps), source, strict=False):
             scale = 1.0 if weights is None else weights.at(step)
             value = objective_of(exits, stage.loss, seen, step, steps, scale)
@@ -189,6 +190,19 @@ def _train(
             schedule.step()
             losses.append(value.detach())
     report.losses += torch.stack(losses).tolist()
+
+
+@contextmanager
+def learning(exits: Exits) -> Iterator[None]:
+    """Put heads with batch norm into train mode inside this context, and all heads into eval mode after it."""
+    modal = [exits[depth] for depth in exits if type(exits[depth]).modal]
+    for head in modal:
+        head.train()
+    try:
+        yield
+    finally:
+        for head in modal:
+            head.eval()
 
 
 def objective_of(
