@@ -200,7 +200,8 @@ class Chain:
         def handler(index: int, call: Call) -> Any:
             if not start <= index < stop:
                 return self.skip(index, call, hidden if index + 1 == start else None)  # so that window(depth, depth, h) reads h out
-            output = call.run(hidden if index == start else None)
+            # what runs between blocks that change the shape has made the incoming state of it already
+            output = call.run(hidden if index == start and (start == 0 or self.shapes is None) else None)
             kept["hidden"] = state_of(output)
             return output
 
