@@ -96,7 +96,7 @@ def _round_trip(exits: Exits) -> None:
     if {k: v.shape for k, v in one.items()} != {k: v.shape for k, v in two.items()}:
         raise ContractError(f"head {exits.head!r}: two heads of one width have different own_state()")
     for value in one.values():
-        value.data.copy_(torch.randn(value.shape).to(value))
+        value.data.copy_(torch.rand(value.shape).to(value))  # positive: a variance among them stays one
     hidden = _states(exits, 4)
     if torch.equal(_says(exits, 1, hidden), _says(exits, 2, hidden)):
         raise ContractError(f"head {exits.head!r}: its own_state() does not change what it says")

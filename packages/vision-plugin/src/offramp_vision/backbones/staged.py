@@ -40,7 +40,8 @@ class StagedBackbone(ImageBackbone):
         self.layout, self.classes, self.width = seen.layout, seen.logits.shape[-1], seen.read.shape[-1]
         size = tuple(noise(model, 1).shape[-2:])
         self.places = [places(model, self.layout, shape, size) for shape in self.shapes]
-        self.readers = len(readers)
+        #: prefix tokens by the number of tokens: some models add a class token on the way
+        self.prefixes = {s[0]: p[1] for s, p in zip(self.shapes, self.places, strict=True)}
 
     def taps(self) -> Sequence[Tap]:
         """Return one tap after every block, each with the width of its own state."""
@@ -59,8 +60,7 @@ class StagedBackbone(ImageBackbone):
 
     def pool(self, hidden: Tensor) -> Tensor:
         """Return the mean over places: [batch, ...] -> [batch, width]."""
-        prefix = self.places[0][1] if hidden.dim() == 3 else 0
-        return mean_of(self.layout, prefix, hidden)
+        return mean_of(self.layout, self.prefixes.get(hidden.shape[1], 0), hidden)
 
     def observe(self, batch: Any, depths: Sequence[int], whole: bool = False) -> Observed:
         """Return the states of each image at `depths`, what the classifier read, and the labels if there are some."""
@@ -102,9 +102,9 @@ def _classifiers(model: Any) -> list[nn.Module]:
     found = list(found) if isinstance(found, (tuple, list)) else [found]
     if not all(isinstance(m, nn.Module) and not isinstance(m, nn.Identity) for m in found):
         raise UnsupportedModel(
-            f"{type(model).__name__} is a timm model without a classifier, so an exit has nothing to answer; build it "
-            f"with timm.create_model(name, num_classes=...); models made with features_only=True or num_classes=0 give "
-            f"features to another model, and run in full under it"
+            f"{type(model).__name__} is a timm model, but it has no classifier, so an exit has nothing to answer; build "
+            f"it with timm.create_model(name, num_classes=...); models made with features_only=True or num_classes=0 "
+            f"give features to another model, and run in full under it"
         )
     return found  # type: ignore[return-value]
 
@@ -164,8 +164,10 @@ def _probe(model: nn.Module, readers: Sequence[nn.Module]) -> _Seen:
         try:
             with evaluating(model), torch.no_grad():
                 return _tried(model, readers, groups)
-        except Exception as error:  # whatever a model may raise when fewer images come out of a block than went in
+        except UnsupportedModel as error:
             why = why or error
+        except Exception as error:  # whatever a model may raise when fewer images come out of a block than went in
+            why = why or UnsupportedModel(f"calling it on images failed ({type(error).__name__}: {error})")
     raise UnsupportedModel(f"{kind} {why}; supported: {SUPPORTED}") from why
 
 
