@@ -22,7 +22,8 @@ TABLE = {2: "a2", 4: "ab23", 6: "ab2233", 8: "aabb2233"}
 class Lgvit(ExitHead):
     """Local perception at the shallow exits, global aggregation at the deep ones.
 
-    Takes 2, 4, 6 or 8 exits (of 6, two are local); heads, dropout: of the attention and the convolutions. Started at random. Raises
+    Takes 2, 4, 6 or 8 exits (of 6, two are local); heads, dropout: of the attention and the convolutions. Started at
+    random. Raises
     `BadArgument`. Paper: LGViT (Xu et al., ACM MM 2023, arXiv 2308.00255).
     """
 
