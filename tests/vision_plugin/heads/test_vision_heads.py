@@ -21,7 +21,8 @@ HEADS = {
 
 
 def convnet():
-    return timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, (2, 1, 1, 1), channels=(16, 16, 16, 32), num_classes=5)
+    block = timm.models.resnet.BasicBlock
+    return timm.models.resnet.ResNet(block, (2, 1, 1, 1), channels=(16, 16, 16, 32), num_classes=5)
 
 
 def swin():

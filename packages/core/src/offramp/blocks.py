@@ -199,7 +199,8 @@ class Chain:
 
         def handler(index: int, call: Call) -> Any:
             if not start <= index < stop:
-                return self.skip(index, call, hidden if index + 1 == start else None)  # so that window(depth, depth, h) reads h out
+                # so that window(depth, depth, h) reads h out
+                return self.skip(index, call, hidden if index + 1 == start else None)
             # what runs between blocks that change the shape has made the incoming state of it already
             output = call.run(hidden if index == start and (start == 0 or self.shapes is None) else None)
             kept["hidden"] = state_of(output)
@@ -222,8 +223,8 @@ def learn_spec(
     """Find out how the blocks are called by running the model on batches of 2 and 3 rows.
 
     probe(batch) must run the model's forward. first: run only the first block, the others return their input, so that a
-    probe costs next to nothing (blocks must then be alike). alike: whether blocks must keep the shape. Returns the spec and the calls of the 2-row run, one per
-    block. Raises `UnsupportedModel` when the blocks are not run once each, in order, on a [batch, ...] hidden state.
+    probe costs next to nothing (blocks must then be alike). alike: whether blocks must keep the shape. Returns the spec
+    and the calls of the 2-row run, one per block. Raises `UnsupportedModel` when the blocks are not run once each, in order, on a [batch, ...] hidden state.
     """
     seen: dict[int, list[tuple[Call, Any]]] = {2: [], 3: []}
     for batch, calls in seen.items():

@@ -102,8 +102,8 @@ class Run:
         self.looks_back = "cosine" in policy.statistics() or (self.gate is not None and self.gate.looks_back)
         if "cosine" in policy.statistics() and exits.whole:
             raise BadArgument(
-                f"{type(policy).__name__} compares the states of neighbouring exits, and heads {exits.head!r} read whole "
-                f'states of any shape; use "confidence", or heads that read pooled states (head="linear")'
+                f"{type(policy).__name__} compares the states of neighbouring exits, and heads {exits.head!r} read "
+                f'whole states of any shape; use "confidence", or heads that read pooled states (head="linear")'
             )
         self.stats = Stats()
         #: what is promised for this run, None where nothing is

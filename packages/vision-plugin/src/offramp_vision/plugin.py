@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -11,6 +12,9 @@ from offramp._registry import add_folder
 from offramp.backbone import Backbone
 from offramp.head import ExitHead
 from offramp.loss import Loss
+
+if TYPE_CHECKING:
+    import typer
 
 add_folder(ExitHead, "offramp_vision.heads")
 add_folder(Loss, "offramp_vision.losses")
@@ -24,6 +28,14 @@ def offramp_adapt(model: nn.Module) -> Backbone | None:
     from offramp_vision.backbones._adapt import backbone_of
 
     return backbone_of(model)
+
+
+@hookimpl
+def offramp_commands(app: typer.Typer) -> None:
+    """Add the commands for image classifiers."""
+    from offramp_vision.commands import add
+
+    add(app)
 
 
 @hookimpl

@@ -85,7 +85,7 @@ def _observe(backbone: Backbone, batch: Any, full: list[Tensor]) -> None:
     widths = [*(backbone.taps()[d - 1].width for d in depths), width]
     sizes = [tuple(h.shape[1:]) for h in states]
     if len(rows) != 1 or sizes != [(w,) for w in widths]:
-        raise ContractError(f"{_who(backbone)}: observe() must give one [rows, width] per depth, and the last: {widths}")
+        raise ContractError(f"{_who(backbone)}: observe() must give one [rows, width] per depth, and last: {widths}")
     for what in ("targets", "position", "sample"):
         value = getattr(seen, what)
         if value is not None and len(value) not in rows:

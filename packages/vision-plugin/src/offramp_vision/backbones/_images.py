@@ -82,7 +82,7 @@ def split(batch: Any) -> tuple[Tensor, Tensor | None]:
     if not images.is_floating_point():
         raise BadArgument(
             f"images of {images.dtype} are not normalised: models take floats; write "
-            "images.float().div(255).sub(mean).div(std), with mean and std of timm.data.resolve_model_data_config(model)"
+            "(images / 255 - mean) / std, with mean and std of timm.data.resolve_model_data_config(model)"
         )
     return images, labels
 

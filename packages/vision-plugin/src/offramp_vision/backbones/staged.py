@@ -1,4 +1,4 @@
-"""timm models in stages: hierarchical transformers and convnets, and chains of tokens whose readout is its own thing."""
+"""timm models in stages, hierarchical transformers and convnets, and chains whose readout is a thing of its own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from offramp_vision.layouts import layout_of, mean_of, width_of
 #: containers of stages or blocks, and stages that are numbered children, as timm names them
 CONTAINERS, NUMBERED = ("stages", "layers", "blocks"), (r"layer\d+", r"s\d+", r"denseblock\d+")
 SUPPORTED = (
-    "blocks in `blocks` (ViT, DeiT, BEiT, EVA, CaiT), stages in `stages` or `layers` (Swin, MaxViT, ConvNeXt, MobileViT), "
+    "blocks in `blocks` (ViT, DeiT, BEiT, EVA, CaiT), stages in `stages` or `layers` (Swin, MaxViT, ConvNeXt), "
     "`layer1` .. (ResNet), `s1` .. (RegNet), `blocks` of stages (EfficientNet, MobileNet), dense blocks (DenseNet)"
 )
 
@@ -102,8 +102,8 @@ def _classifiers(model: Any) -> list[nn.Module]:
     found = list(found) if isinstance(found, (tuple, list)) else [found]
     if not all(isinstance(m, nn.Module) and not isinstance(m, nn.Identity) for m in found):
         raise UnsupportedModel(
-            f"{type(model).__name__} is a timm model, but it has no classifier, so an exit has nothing to answer; build "
-            f"it with timm.create_model(name, num_classes=...); models made with features_only=True or num_classes=0 "
+            f"{type(model).__name__} is a timm model, but it has no classifier, so an exit has nothing to answer: "
+            f"build it with timm.create_model(name, num_classes=...); models made with features_only=True or num_classes=0 "
             f"give features to another model, and run in full under it"
         )
     return found  # type: ignore[return-value]

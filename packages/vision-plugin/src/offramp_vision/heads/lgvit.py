@@ -42,8 +42,8 @@ class Lgvit(ExitHead):
         """Build the head that the table has for this exit. at: depths of all exits."""
         if len(at) not in TABLE:
             raise BadArgument(
-                f"lgvit: there is no placement for {len(at)} exits, only for {', '.join(map(str, TABLE))}; give so many "
-                f"taps, or choose one kind for all: head='local_perception' or head='global_aggregation'"
+                f"lgvit: there is no placement for {len(at)} exits, only for {', '.join(map(str, TABLE))}; give "
+                f"so many taps, or choose one kind for all: head='local_perception' or head='global_aggregation'"
             )
         kind = TABLE[len(at)][list(at).index(tap.depth)]
         if kind in "ab":
