@@ -231,7 +231,7 @@ def _fits(cls: type[ExitHead], head: str, taps: Sequence[Tap], width: int, gate:
             f"{list(odd)} have {sorted(set(odd.values()))}: use a head with a readout of its own, head='pooled_linear'"
         )
     if gate is not None and (odd or cls.whole):
-        raise BadArgument(f"gate={gate!r} reads pooled states of one width, and here states differ by exit; leave it out")
+        raise BadArgument(f"gate={gate!r} reads pooled states of one width, and here states differ; leave it out")
 
 
 def _like(made: nn.Module, model: nn.Module) -> nn.Module:

@@ -224,7 +224,8 @@ def learn_spec(
 
     probe(batch) must run the model's forward. first: run only the first block, the others return their input, so that a
     probe costs next to nothing (blocks must then be alike). alike: whether blocks must keep the shape. Returns the spec
-    and the calls of the 2-row run, one per block. Raises `UnsupportedModel` when the blocks are not run once each, in order, on a [batch, ...] hidden state.
+    and the calls of the 2-row run, one per block. Raises `UnsupportedModel` when the blocks are not run once each, in
+    order, on a [batch, ...] hidden state.
     """
     seen: dict[int, list[tuple[Call, Any]]] = {2: [], 3: []}
     for batch, calls in seen.items():

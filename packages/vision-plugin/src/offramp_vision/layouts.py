@@ -48,7 +48,8 @@ def map_of(layout: str, prefix: int, grid: Sequence[int], hidden: Tensor) -> Ten
         return hidden
     if layout == LAST:
         return hidden.permute(0, 3, 1, 2)
-    return hidden[:, prefix:].transpose(1, 2).unflatten(2, tuple(grid))
+    places = hidden[:, prefix:].transpose(1, 2)
+    return places.reshape(*places.shape[:2], *grid)
 
 
 def check_grid(head: str, tap: Tap) -> None:

@@ -103,10 +103,10 @@ def _classifiers(model: Any) -> list[nn.Module]:
     if not all(isinstance(m, nn.Module) and not isinstance(m, nn.Identity) for m in found):
         raise UnsupportedModel(
             f"{type(model).__name__} is a timm model, but it has no classifier, so an exit has nothing to answer: "
-            f"build it with timm.create_model(name, num_classes=...); models made with features_only=True or num_classes=0 "
-            f"give features to another model, and run in full under it"
+            f"build it with timm.create_model(name, num_classes=...); models made with features_only=True or "
+            f"num_classes=0 give features to another model, and run in full under it"
         )
-    return found  # type: ignore[return-value]
+    return found
 
 
 def _read(model: nn.Module, readers: Sequence[nn.Module], images: Tensor) -> tuple[Any, Tensor]:
