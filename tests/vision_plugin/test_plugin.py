@@ -32,7 +32,7 @@ def test_only_models_of_timm_are_claimed(model):
 
 
 REFUSED = {
-    "hrnet_w18_small": "HighResolutionNet is a timm model, but no chain of blocks is found .its parts: .*supported:",
+    "hrnet_w18_small": "HighResolutionNet .*no chain of blocks is found in it .its parts: .*supported:",
     "vgg11": "VGG .*no chain of blocks is found",
     "tnt_s_patch16_224": "TNT is a timm model, but .*supported:",
 }
@@ -48,7 +48,7 @@ def test_what_is_not_understood_is_refused_with_the_reason(name):
 
 
 def test_no_classifier_and_no_depth_are_refused(make):
-    with pytest.raises(UnsupportedModel, match="no classifier .*num_classes"):
+    with pytest.raises(UnsupportedModel, match="no classifier.*num_classes"):
         offramp.attach(make(num_classes=0), at=[1])
     with pytest.raises(UnsupportedModel, match="fewer than 2 blocks"):
         offramp.attach(make(depth=1), at=[1])

@@ -179,10 +179,11 @@ def _train(
     shape = lambda s: min(1.0, (s + 1) / warm) * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * s / steps)).item())  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
     losses = []
-    with torch.enable_grad(), learning(exits):
+    with torch.enable_grad():
         for step, seen in zip(track(range(steps), "fit exits", progress, steps), source, strict=False):
             scale = 1.0 if weights is None else weights.at(step)
-            value = objective_of(exits, stage.loss, seen, step, steps, scale)
+            with learning(exits):
+                value = objective_of(exits, stage.loss, seen, step, steps, scale)
             optimizer.zero_grad()
             value.backward()
             torch.nn.utils.clip_grad_norm_(own, 1.0)

@@ -148,8 +148,9 @@ def _one(exits: Exits, batch: Any, per_row: int | None, generator: torch.Generat
 
 
 def _near(before: Tensor, after: Tensor) -> Tensor:
-    """Return the cosine [rows] of states at neighbouring exits; NaN where they are of different shapes."""
-    return cosine(after, before) if before.shape == after.shape else after.new_full((len(after),), float("nan"))
+    """Return the cosine [rows] of states at neighbouring exits; NaN where they are no two vectors of one width."""
+    alike = before.dim() == 2 and before.shape == after.shape
+    return cosine(after, before) if alike else after.new_full((len(after),), float("nan"))
 
 
 def _pick(sample: Tensor, per_row: int, generator: torch.Generator) -> Tensor:
