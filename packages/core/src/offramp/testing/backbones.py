@@ -97,7 +97,7 @@ def _observe(backbone: Backbone, batch: Any, full: list[Tensor]) -> None:
     last = [] if backbone.tail else [backbone.depth]
     for depth, state in zip([*depths, *last], states, strict=False):
         pooled = backbone.pool(kept[depth])
-        if not _rows_among(state, pooled.reshape(-1, pooled.shape[-1])):
+        if not _rows_among(state, pooled.reshape(-1, state.shape[-1])):
             raise ContractError(f"{_who(backbone)}: observe() at depth {depth} is not the state of a plain call")
     logits, said = full[0].reshape(-1, full[0].shape[-1]), backbone.context().readout(seen.final)
     if logits.shape == said.shape and not torch.allclose(logits, said, rtol=1e-4, atol=1e-5):
