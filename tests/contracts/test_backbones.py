@@ -88,7 +88,7 @@ class OneModel(ToyBackbone):
         (WrongTaps, "taps are at"),
         (WrongOrder, "windows|order"),
         (LateState, "not the state of a plain call"),
-        (MissingState, "one .rows, 16. per depth"),
+        (MissingState, "one .rows, width. per depth"),
         (Forgetful, "observe\\(\\) changed"),
         (Leaky, "windows|hooks|model"),
         (WrongReadout, "readout\\(observe\\(\\).final\\)"),

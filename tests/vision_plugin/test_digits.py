@@ -134,3 +134,44 @@ def test_finished_images_leave_a_convnet(digits, convnets):
     with offramp.enable(model, "fixed", depth=2), torch.no_grad():
         model(digits[2]["x"][:7])
     assert [block.seen for block in model.blocks] == [7, 7, 0, 0]
+
+
+def staged(kind):
+    """A timm convnet in four stages, or a hierarchy of two, for images of 8 x 8."""
+    torch.manual_seed(0)
+    if kind == "resnet":
+        made = timm.models.resnet
+        return made.ResNet(made.BasicBlock, (2, 2, 1, 1), channels=(24, 24, 32, 48), num_classes=10).eval()
+    return timm.models.swin_transformer.SwinTransformer(
+        img_size=8, patch_size=1, window_size=4, embed_dim=24, depths=(2, 2), num_heads=(2, 4), num_classes=10
+    ).eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "head"), [*(("resnet", h) for h in ("pooled_linear", "conv")), ("swin", "conv")])
+def test_staged_models_end_to_end(kind, head, digits):
+    """Blocks change the shape of the state; images leave with certified answers of heads of their own width."""
+    train, calibrate, test = digits
+    if kind == "resnet":  # its stem halves the image twice
+        big = lambda part: {**part, "x": nn.functional.interpolate(part["x"], scale_factor=4)}  # noqa: E731
+        train, calibrate, test = big(train), big(calibrate), big(test)
+    model = staged(kind)
+    steps, lr = (150, 5e-3) if kind == "resnet" else (60, 2e-3)
+    offramp.attach(model, at=AT, head=head)
+    options = {"curriculum": "none", "weighting": "uniform", "own": 0.3}
+    offramp.fit(
+        model, train, loss="layerskip", backbone=True, steps=steps, batch_size=64, lr=lr, progress=False, **options
+    )
+    table = offramp.record(model, calibrate, batch_size=64)
+    cal = offramp.calibrate(table, "confidence", risk="accuracy_drop", alpha=ALPHA, delta=DELTA)
+    assert cal.certificate is not None
+    tested = offramp.record(model, test, batch_size=497)
+    told = offramp.simulate(tested, cal)
+    with offramp.enable(model, cal) as run, torch.no_grad():
+        answers = model(test["x"]).argmax(-1)
+    assert run.stats.last_depths.tolist() == told.depths.tolist()
+    assert answers.tolist() == told.labels.tolist()
+    full = offramp.simulate(tested, "never").accuracy
+    assert told.accuracy >= full - ALPHA
+    if kind == "resnet":  # a hierarchy of windows learns too slowly for a test: it is here for its exits
+        assert full > 0.9 and told.saved > 0.1

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from offramp import checkpoint
 from offramp._plugins import adapt, plugins
 from offramp._registry import lookup
-from offramp.backbone import Backbone, Observed
+from offramp.backbone import Backbone, Observed, Tap
 from offramp.errors import BadArgument, DamagedFile, NotAttached, check_options
 from offramp.gate import ExitGate
 from offramp.gating import ask, build_gate, need_gate
@@ -76,18 +76,27 @@ class Exits:
         """Whether the heads read earlier states of a sequence too."""
         return bool(self.at) and type(self[self.at[0]]).mixes
 
+    @property
+    def whole(self) -> bool:
+        """Whether the heads read the whole state at their tap."""
+        return bool(self.at) and type(self[self.at[0]]).whole
+
     def observe(self, batch: Any, more: Sequence[int] = ()) -> Observed:
         """Run the full model on one batch and return what the heads need to see of it.
 
         more: further depths whose states are wanted; those of all depths are then in `states`.
         """
         depths = sorted({*self.at, *more})
-        seen = self.backbone.observe(batch, depths, whole=True) if self.mixes else self.backbone.observe(batch, depths)
+        entire = self.mixes or self.whole
+        seen = self.backbone.observe(batch, depths, whole=True) if entire else self.backbone.observe(batch, depths)
         if more:
             seen.states = {**dict(zip(depths, seen.hidden, strict=True)), self.backbone.depth: seen.final}
             mine = [depths.index(d) for d in self.at]
             seen.hidden = [seen.hidden[i] for i in mine]
-            seen.whole = [seen.whole[i] for i in mine] if self.mixes else seen.whole
+            seen.whole = [seen.whole[i] for i in mine] if entire else seen.whole
+        if self.whole:
+            seen.hidden = [self[d].reduce(state) for d, state in zip(self.at, seen.whole, strict=True)]
+            seen.whole = []
         return seen
 
     def inputs(self, seen: Observed, active: Sequence[int] | None = None) -> list[Tensor]:
@@ -182,7 +191,7 @@ def attach(
     backbone = adapt(model)
     depths = depths_from(at, backbone.depth)
     cls = lookup(ExitHead, head)
-    known = [n for n in inspect.signature(cls.build).parameters if n not in ("tap", "base")]
+    known = [n for n in inspect.signature(cls.build).parameters if n not in ("tap", "base", "at")]
     check_options(config, known, f"head {head!r}")
     if cls.mixes and not backbone.sequences:
         raise BadArgument(
@@ -194,8 +203,10 @@ def attach(
             f"gate={gate!r} judges a state by itself, and head {head!r} answers from earlier ones too; leave gate out"
         )
     context, taps = backbone.context(), backbone.taps()
+    _fits(cls, head, [taps[k - 1] for k in depths], context.width, gate)
     opener, named, options = (None, None, {}) if gate is None else build_gate(gate, context.width, len(depths))
-    heads = nn.ModuleDict({str(k): cls.build(taps[k - 1], context, **config) for k in depths})
+    place = {"at": depths} if "at" in inspect.signature(cls.build).parameters else {}  # of one that differs by exit
+    heads = nn.ModuleDict({str(k): cls.build(taps[k - 1], context, **config, **place) for k in depths})
     heads.train(model.training)
     _like(heads, model)
     exits = Exits(model, backbone, depths, head, config, named, options)
@@ -209,6 +220,18 @@ def attach(
         exits.detach()
         raise
     return exits
+
+
+def _fits(cls: type[ExitHead], head: str, taps: Sequence[Tap], width: int, gate: Any) -> None:
+    """Raise `BadArgument` for a head or a gate that reads states of one width, at taps of others."""
+    odd = {tap.depth: tap.width for tap in taps if tap.width != width}
+    if odd and not cls.whole:
+        raise BadArgument(
+            f"head {head!r} starts from the model's own readout, which takes a width of {width}; the states at depths "
+            f"{list(odd)} have {sorted(set(odd.values()))}: use a head with a readout of its own, head='pooled_linear'"
+        )
+    if gate is not None and (odd or cls.whole):
+        raise BadArgument(f"gate={gate!r} reads pooled states of one width, and here states differ; leave it out")
 
 
 def _like(made: nn.Module, model: nn.Module) -> nn.Module:

@@ -24,13 +24,17 @@ class Tap(NamedTuple):
     """A block boundary, as data: enough to build a head without running the model.
 
     name: of the block before it; depth: blocks run when it is reached (1 .. depth); width: of the hidden state; layout:
-    axes of the hidden state, e.g. "batch token width".
+    axes of the hidden state, e.g. "batch token width". Of images also: reduction: pixels per place along one side;
+    prefix: tokens before those of the image (class token, registers); grid: places (rows, columns) of the image.
     """
 
     name: str
     depth: int
     width: int
     layout: str
+    reduction: int = 0
+    prefix: int = 0
+    grid: tuple[int, ...] = ()
 
 
 @dataclass
@@ -63,6 +67,8 @@ class Backbone(ABC):
     names: Sequence[str]
     #: whether `observe` can give whole sequences, as heads that mix need
     sequences: bool = False
+    #: whether more than `pool` runs between the last block and what the readout takes
+    tail: bool = False
 
     @property
     def depth(self) -> int:

@@ -136,6 +136,8 @@ class Chain:
     blocks: Sequence[nn.Module]
     spec: BlockSpec
     hooks: list[BlockHook] = field(default_factory=list)
+    #: of the state after each block, without the batch, where blocks change it; None where it stays as it comes in
+    shapes: Sequence[tuple[int, ...]] | None = None
 
     def install(self, handler: Handler) -> Callable[[], None]:
         """Send every block call to `handler(index, call)`; returns the undo, to be called in reverse order of
@@ -149,6 +151,13 @@ class Chain:
         mine = [BlockHook(self, module, positions[key], handler) for key, module in modules.items()]
         self.hooks.extend(mine)
         return Unhook(self, mine)
+
+    def skip(self, index: int, call: Call, hidden: Tensor | None = None) -> Any:
+        """Return what block `index` would, without running it: `hidden`, or the incoming state, or, where the block
+        would change its shape, zeros that take no memory."""
+        if hidden is None and self.shapes is not None and call.hidden.shape[1:] != self.shapes[index]:
+            hidden = call.hidden.new_zeros(()).expand(call.hidden.shape[0], *self.shapes[index])
+        return call.skip(hidden)
 
     def reset(self) -> None:
         """Start counting the turns of shared blocks anew; called before every forward."""
@@ -190,8 +199,10 @@ class Chain:
 
         def handler(index: int, call: Call) -> Any:
             if not start <= index < stop:
-                return call.skip(hidden if index + 1 == start else None)  # so that window(depth, depth, h) reads h out
-            output = call.run(hidden if index == start else None)
+                # so that window(depth, depth, h) reads h out
+                return self.skip(index, call, hidden if index + 1 == start else None)
+            # what runs between blocks that change the shape has made the incoming state of it already
+            output = call.run(hidden if index == start and (start == 0 or self.shapes is None) else None)
             kept["hidden"] = state_of(output)
             return output
 
@@ -203,13 +214,18 @@ class Chain:
 
 
 def learn_spec(
-    blocks: Sequence[nn.Module], probe: Callable[[int], Any], argument: str = "hidden_states", first: bool = False
+    blocks: Sequence[nn.Module],
+    probe: Callable[[int], Any],
+    argument: str = "hidden_states",
+    first: bool = False,
+    alike: bool = True,
 ) -> tuple[BlockSpec, list[Call]]:
     """Find out how the blocks are called by running the model on batches of 2 and 3 rows.
 
     probe(batch) must run the model's forward. first: run only the first block, the others return their input, so that a
-    probe costs next to nothing (blocks must then be alike). Returns the spec and the calls of the 2-row run, one per
-    block. Raises `UnsupportedModel` when the blocks are not run once each, in order, on a [batch, ...] hidden state.
+    probe costs next to nothing (blocks must then be alike). alike: whether blocks must keep the shape. Returns the spec
+    and the calls of the 2-row run, one per block. Raises `UnsupportedModel` when the blocks are not run once each, in
+    order, on a [batch, ...] hidden state.
     """
     seen: dict[int, list[tuple[Call, Any]]] = {2: [], 3: []}
     for batch, calls in seen.items():
@@ -237,7 +253,9 @@ def learn_spec(
             rows = two.hidden.shape[0]
         except (KeyError, AttributeError):
             raise UnsupportedModel(f"its blocks take no {argument!r} tensor first") from None
-        if rows != 2 or not isinstance(state_of(out), Tensor) or state_of(out).shape != two.hidden.shape:
+        state = state_of(out)
+        kept = isinstance(state, Tensor) and (state.shape == two.hidden.shape if alike else state.shape[:1] == (2,))
+        if rows != 2 or not kept:
             raise UnsupportedModel("its blocks do not map a [batch, ...] hidden state to one of the same shape")
     output = seen[2][0][1]
     size = len(output) if isinstance(output, tuple) else None

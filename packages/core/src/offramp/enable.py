@@ -102,6 +102,11 @@ class Run:
         self.gate: ExitGate | None = None if exits.gate is None else exits.gate_module
         #: whether evidence of an exit takes the state at the exit before
         self.looks_back = "cosine" in policy.statistics() or (self.gate is not None and self.gate.looks_back)
+        if "cosine" in policy.statistics() and exits.whole:
+            raise BadArgument(
+                f"{type(policy).__name__} compares the states of neighbouring exits, and heads {exits.head!r} read "
+                f'whole states of any shape; use "confidence", or heads that read pooled states (head="linear")'
+            )
         self.stats = Stats()
         #: what is promised for this run, None where nothing is
         self.certificate: Certificate | None = None

@@ -63,7 +63,7 @@ def decide(policy: ExitPolicy, state: State, seen: Evidence) -> tuple[Tensor, St
     elif seen.prediction is not None:
         finite = seen.prediction.isfinite().all(-1)
     elif seen.hidden is not None:
-        finite = seen.hidden.isfinite().all(-1)
+        finite = seen.hidden.isfinite().flatten(1).all(-1)
     else:
         finite = torch.ones_like(stop)
     return stop & finite, state, finite
@@ -186,8 +186,7 @@ class SinglePass:
                     return None
         kept = (~stop).nonzero().squeeze(-1)
         rows = self.rows if self.rows is not None else torch.arange(self.batch, device=hidden.device)
-        whole = gone.numel() == self.batch  # all at once: no copy
-        self.left.append((rows[gone], hidden if whole else hidden[gone], answer))
+        self.left.append((rows[gone], self.leaving(hidden, gone), answer))
         self.depths[rows[gone].cpu()] = seen.depth
         self.rows = rows[kept]
         self.state = {k: v[kept] for k, v in self.state.items()}
@@ -198,6 +197,10 @@ class SinglePass:
     def pool(self, hidden: Tensor) -> Tensor:
         """Return what heads read of the rows that are left; overridden where that needs more than the state."""
         return self.run.backbone.pool(hidden)
+
+    def leaving(self, hidden: Tensor, gone: Tensor) -> Tensor:
+        """Return what is kept of the states of rows that leave; overridden where only their answers are."""
+        return hidden if gone.numel() == self.batch else hidden[gone]  # all at once: no copy
 
     def restore(self, hidden: Tensor) -> Tensor:
         """Return the whole batch in order: rows that ran to the end and the exit states of those that left."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -181,7 +182,8 @@ def _train(
     with torch.enable_grad():
         for step, seen in zip(track(range(steps), "fit exits", progress, steps), source, strict=False):
             scale = 1.0 if weights is None else weights.at(step)
-            value = objective_of(exits, stage.loss, seen, step, steps, scale)
+            with learning(exits):
+                value = objective_of(exits, stage.loss, seen, step, steps, scale)
             optimizer.zero_grad()
             value.backward()
             torch.nn.utils.clip_grad_norm_(own, 1.0)
@@ -189,6 +191,19 @@ def _train(
             schedule.step()
             losses.append(value.detach())
     report.losses += torch.stack(losses).tolist()
+
+
+@contextmanager
+def learning(exits: Exits) -> Iterator[None]:
+    """Put heads with batch norm into train mode inside this context, and all heads into eval mode after it."""
+    modal = [exits[depth] for depth in exits if type(exits[depth]).modal]
+    for head in modal:
+        head.train()
+    try:
+        yield
+    finally:
+        for head in modal:
+            head.eval()
 
 
 def objective_of(

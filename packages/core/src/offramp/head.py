@@ -69,6 +69,14 @@ class ExitHead(nn.Module):
     gates: ClassVar[tuple[str, ...]] = ()
     #: whether the head reads earlier states too: `mix` then runs before `forward`, and remembers
     mixes: ClassVar[bool] = False
+    #: whether the head reads the whole state at its tap, of any width, and not what the model's own readout pools
+    whole: ClassVar[bool] = False
+    #: whether it must be in train mode while it is trained, and in eval mode when it answers (batch norm)
+    modal: ClassVar[bool] = False
+
+    def reduce(self, hidden: Tensor) -> Tensor:
+        """Return what weights of the head act on, of a whole state [batch, ...]: whatever else need not be kept."""
+        return hidden
 
     def mix(self, hidden: Tensor, around: Around) -> Tensor:
         """Return states [batch, new, width] that have seen the earlier ones; only of heads with `mixes`."""

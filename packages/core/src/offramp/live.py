@@ -111,7 +111,7 @@ class Live:
     def _block(self, index: int, call: Call) -> Any:
         output, rate = call.run(), self.rates[index]
         state = kept = state_of(output)
-        if rate:
+        if rate and state.shape == call.hidden.shape:  # a block that changes the shape cannot be left out
             shape = (state.shape[0], *[1] * (state.dim() - 1))
             keep = torch.rand(shape, generator=self.generator).to(state.device) >= rate
             kept = torch.where(keep, state, call.hidden)

@@ -129,7 +129,7 @@ def _one(exits: Exits, batch: Any, per_row: int | None, generator: torch.Generat
         one["gate"] = torch.stack([*gates, torch.full_like(gates[0], float("nan"))], 1).cpu()
     chain = [*states, final]
     near = [torch.full((len(final),), float("nan"), device=final.device)]
-    near += [cosine(b, a) for a, b in zip(chain[:-1], chain[1:], strict=True)]
+    near += [_near(a, b) for a, b in zip(chain[:-1], chain[1:], strict=True)]
     one["cosine"] = torch.stack(near, 1).cpu()
     if exits.gate is not None and exits.gate_module.trained:  # the full model agrees with itself, and always stops
         said = exits.odds(states, answers[:-1]).sigmoid()
@@ -145,6 +145,12 @@ def _one(exits: Exits, batch: Any, per_row: int | None, generator: torch.Generat
         one["logits"] = torch.stack(answers, 1).float().cpu()
     one["classes"] = torch.tensor([answers[0].shape[-1]])
     return one
+
+
+def _near(before: Tensor, after: Tensor) -> Tensor:
+    """Return the cosine [rows] of states at neighbouring exits; NaN where they are no two vectors of one width."""
+    alike = before.dim() == 2 and before.shape == after.shape
+    return cosine(after, before) if alike else after.new_full((len(after),), float("nan"))
 
 
 def _pick(sample: Tensor, per_row: int, generator: torch.Generator) -> Tensor:

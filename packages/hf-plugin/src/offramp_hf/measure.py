@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-import os
-import platform
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,20 +12,15 @@ import torch
 from torch import Tensor
 
 import offramp
+from offramp import clock
 from offramp.attach import RECORD
+from offramp.clock import Timed as Timed
+from offramp.clock import interleaved as interleaved
+from offramp.clock import quartiles as quartiles
 from offramp.enable import Stats, paused
-from offramp_hf.clock import sync
 
 #: arguments of `generate` that let the framework draft by itself
 FOREIGN = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens")
-
-
-@dataclass
-class Timed:
-    """What one way did with one item: seconds, and what it returned."""
-
-    seconds: float
-    result: Any
 
 
 @dataclass
@@ -79,54 +70,6 @@ class Generate:
             **self.arguments,
         )
         return found
-
-
-def interleaved(
-    ways: Mapping[str, Callable[[Any], Any]],
-    items: Sequence[Any],
-    *,
-    warm: int = 2,
-    step: Callable[[], None] = lambda: None,
-) -> dict[str, list[Timed]]:
-    """Run every way on every item and return what each did, item by item.
-
-    For each item all ways run one after the other, starting with another one each time, so that a machine that gets
-    slower or faster does so for all of them. The first `warm` items run once before, unmeasured. A way may have
-    `ready()`, a context entered outside the clock, and `stats`, which are reset after the warm-up. step: called after
-    each item. The garbage collector rests while the clock runs, as in `timeit`.
-    """
-    names = list(ways)
-    for item in items[:warm]:
-        for name in names:
-            _once(ways[name], item)
-    for way in ways.values():
-        if isinstance(stats := getattr(way, "stats", None), Stats):
-            stats.reset()
-    found: dict[str, list[Timed]] = {name: [] for name in names}
-    for n, item in enumerate(items):
-        for i in range(len(names)):
-            name = names[(i + n) % len(names)]
-            found[name].append(_once(ways[name], item))
-        step()
-    return found
-
-
-def _once(way: Callable[[Any], Any], item: Any) -> Timed:
-    ready: Callable[[], AbstractContextManager[None]] = getattr(way, "ready", nullcontext)
-    collecting = gc.isenabled()
-    gc.collect(0)
-    with ready():
-        gc.disable()
-        try:
-            sync()
-            start = time.perf_counter()
-            result = way(item)
-            sync()
-            seconds = time.perf_counter() - start
-        finally:
-            if collecting:
-                gc.enable()
-    return Timed(seconds, result)
 
 
 def rows(
@@ -225,13 +168,6 @@ def counts(way: Generate, tokens: int, depth: int, batch: int = 1) -> dict[str, 
     }
 
 
-def quartiles(values: Sequence[float]) -> list[float]:
-    """Return the lower quartile, the median and the upper quartile."""
-    if len(values) < 2:
-        return [values[0]] * 3
-    return statistics.quantiles(values, n=4, method="inclusive")
-
-
 @torch.no_grad()
 def agreement(model: Any, outputs: Sequence[Tensor], prompts: Sequence[Tensor]) -> float:
     """Return the share of generated tokens that the full model chooses after the same text."""
@@ -267,17 +203,4 @@ def count_blocks(way: Generate, prompts: Sequence[Tensor]) -> dict[str, Any]:
 
 def machine() -> str:
     """Return what the numbers were measured on, in words."""
-    import transformers
-
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
-    except OSError:
-        pass  # not Linux: the short name has to do
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = torch.get_num_threads()
-    return (
-        f"{cores} CPU cores ({name}), {threads} thread{'s' if threads != 1 else ''}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}"
-    )
+    return clock.machine("transformers")

@@ -59,7 +59,7 @@ def _taps(backbone: Backbone) -> None:
     if depths != list(range(1, backbone.depth + 1)):
         raise ContractError(f"{_who(backbone)}: taps are at {depths}, not at 1 to {backbone.depth}")
     wrong = [t for t in taps if not t.name or t.width < 1 or not t.layout.startswith("batch")]
-    if wrong or taps[-1].width != width:
+    if wrong or (taps[-1].width != width and not backbone.tail):
         raise ContractError(f"{_who(backbone)}: taps without name, width or batch: {wrong}; the readout takes {width}")
     blocks = len(backbone.chain().blocks)
     if blocks != backbone.depth:
@@ -82,8 +82,10 @@ def _observe(backbone: Backbone, batch: Any, full: list[Tensor]) -> None:
     width = backbone.context().width
     states = [*seen.hidden, seen.final]
     rows = {len(h) for h in states}
-    if len(states) != len(depths) + 1 or len(rows) != 1 or any(h.shape[1:] != (width,) for h in states):
-        raise ContractError(f"{_who(backbone)}: observe() must give one [rows, {width}] per depth, and the last")
+    widths = [*(backbone.taps()[d - 1].width for d in depths), width]
+    sizes = [tuple(h.shape[1:]) for h in states]
+    if len(rows) != 1 or sizes != [(w,) for w in widths]:
+        raise ContractError(f"{_who(backbone)}: observe() must give one [rows, width] per depth, and last: {widths}")
     for what in ("targets", "position", "sample"):
         value = getattr(seen, what)
         if value is not None and len(value) not in rows:
@@ -92,9 +94,10 @@ def _observe(backbone: Backbone, batch: Any, full: list[Tensor]) -> None:
         raise ContractError(f"{_who(backbone)}: observe() changed what the model says")
     with backbone.chain().capture([*depths, backbone.depth]) as kept:
         backbone.call(batch)
-    for depth, state in zip([*depths, backbone.depth], states, strict=True):
+    last = [] if backbone.tail else [backbone.depth]
+    for depth, state in zip([*depths, *last], states, strict=False):
         pooled = backbone.pool(kept[depth])
-        if not _rows_among(state, pooled.reshape(-1, width)):
+        if not _rows_among(state, pooled.reshape(-1, state.shape[-1])):
             raise ContractError(f"{_who(backbone)}: observe() at depth {depth} is not the state of a plain call")
     logits, said = full[0].reshape(-1, full[0].shape[-1]), backbone.context().readout(seen.final)
     if logits.shape == said.shape and not torch.allclose(logits, said, rtol=1e-4, atol=1e-5):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from offramp.attach import Exits, attach
+from offramp.backbone import Tap
 from offramp.fit import trainable
 from offramp.head import Around, ask_in_turn
 from offramp.testing import ContractError
@@ -40,21 +42,31 @@ def check_head(name: str, model: nn.Module | None = None, **config: Any) -> None
 
 def _states(exits: Exits, *lead: int) -> torch.Tensor:
     base = next(p for p in exits.model.parameters() if p.is_floating_point())
+    if exits.whole:
+        state = torch.randn(*lead, *_shape(exits.backbone.taps()[0]), generator=torch.Generator().manual_seed(0))
+        return exits[1].reduce(state.to(base))
     width = exits.backbone.context().width
     return torch.randn(*lead, width, generator=torch.Generator().manual_seed(0)).to(base)
+
+
+def _shape(tap: Tap) -> tuple[int, ...]:
+    """Return the shape of the state of one row at a tap of an image."""
+    sizes = {"token": tap.prefix + math.prod(tap.grid), "width": tap.width, "channel": tap.width}
+    sizes |= dict(zip(("height", "width" if "channel" in tap.layout else ""), tap.grid, strict=True))
+    return tuple(sizes[axis] for axis in tap.layout.split()[1:])
 
 
 @torch.no_grad()
 def _readout(exits: Exits, lens: bool) -> None:
     context = exits.backbone.context()
-    for lead in ((3,), (1,), (0,), (2, 3)):
+    for lead in ((3,), (1,), (0,)) if exits.whole else ((3,), (1,), (0,), (2, 3)):
         hidden = _states(exits, *lead)
-        out, wanted = exits[1](_mixed(exits, 1, hidden)), context.readout(hidden)
+        out = exits[1](_mixed(exits, 1, hidden))
         if out.shape != (*lead, context.classes):
             raise ContractError(
                 f"head {exits.head!r}: {tuple(hidden.shape)} gives {tuple(out.shape)}, not {(*lead, context.classes)}"
             )
-        if lens and not torch.allclose(out, wanted, rtol=1e-4, atol=1e-5):
+        if lens and not torch.allclose(out, wanted := context.readout(hidden), rtol=1e-4, atol=1e-5):
             raise ContractError(
                 f"head {exits.head!r}: untrained it is not the backbone's own readout (off by "
                 f"{(out - wanted).abs().max():g}); start its norm and projection from `base`, and added maps from zero"
@@ -84,7 +96,7 @@ def _round_trip(exits: Exits) -> None:
     if {k: v.shape for k, v in one.items()} != {k: v.shape for k, v in two.items()}:
         raise ContractError(f"head {exits.head!r}: two heads of one width have different own_state()")
     for value in one.values():
-        value.data.copy_(torch.randn(value.shape).to(value))
+        value.data.copy_(torch.rand(value.shape).to(value))  # positive: a variance among them stays one
     hidden = _states(exits, 4)
     if torch.equal(_says(exits, 1, hidden), _says(exits, 2, hidden)):
         raise ContractError(f"head {exits.head!r}: its own_state() does not change what it says")

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from offramp.backbone import Backbone, Observed, Tap, Undo
+from offramp.backbone import Tap
 from offramp.blocks import BlockSpec, Call, Chain, learn_spec
-from offramp.enable import Run, paused
-from offramp.engine import SinglePass
-from offramp.errors import BadArgument, UnsupportedModel
+from offramp.errors import UnsupportedModel
 from offramp.head import HeadContext
 from offramp.record import evaluating
+from offramp_vision.backbones._images import ImageBackbone, near, noise, same
+from offramp_vision.backbones._places import places
+from offramp_vision.layouts import TOKENS
 
-IMAGES, LABELS = ("pixel_values", "x"), ("labels", "y")
 
-
-class VitBackbone(Backbone):
+class VitBackbone(ImageBackbone):
     """A timm model with `blocks` on a [batch, token, width] state and one `head` that reads what is pooled from it."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -29,15 +28,16 @@ class VitBackbone(Backbone):
         seen = _probe(model)
         self.spec, self.width, self.classes = seen.spec, seen.state.shape[-1], seen.logits.shape[-1]
         self.reading = _reading(model, seen)
+        self.place = places(model, TOKENS, tuple(seen.state.shape[1:]), seen.size)
 
     def taps(self) -> Sequence[Tap]:
         """Return one tap after every block."""
-        return [Tap(name, i + 1, self.width, "batch token width") for i, name in enumerate(self.names)]
+        return [Tap(name, i + 1, self.width, TOKENS, *self.place) for i, name in enumerate(self.names)]
 
     def context(self) -> HeadContext:
         """Return the norms that follow the pooling, and the model's own classifier."""
         norm = READINGS[self.reading].norm(self.model)
-        return HeadContext(norm, self.model.head, _same, self.width, self.classes)  # type: ignore[arg-type]
+        return HeadContext(norm, self.model.head, same, self.width, self.classes)  # type: ignore[arg-type]
 
     def chain(self) -> Chain:
         """Return the blocks; a shared relative position is not cut with the batch."""
@@ -46,66 +46,6 @@ class VitBackbone(Backbone):
     def pool(self, hidden: Tensor) -> Tensor:
         """Return what the head reads, the class token or pooled tokens: [batch, token, width] -> [batch, width]."""
         return READINGS[self.reading].pool(self.model, hidden)
-
-    def call(self, batch: Any) -> Any:
-        """Run the model on a tensor of images, or on those of (images, labels) or of a mapping."""
-        return self.model(_split(batch)[0])
-
-    def observe(self, batch: Any, depths: Sequence[int], whole: bool = False) -> Observed:
-        """Return the pooled states of each image at `depths` and at the end, and the labels if the batch has some."""
-        images, labels = _split(batch)
-        with paused(self.model), self.chain().capture([*depths, self.depth]) as kept:
-            self.model(images)
-        final = self.pool(kept[self.depth])
-        targets = None if labels is None else labels.to(final.device)
-        return Observed([self.pool(kept[d]) for d in depths], final, targets, sample=torch.arange(len(images)))
-
-    def drive(self, run: Run) -> Undo:
-        """Let images leave inside one forward; raises `BadArgument` for options of generation."""
-        for name, plain in (("verify", False), ("draft", None), ("kv", "catch_up"), ("rollback", None)):
-            if (given := getattr(run.options, name)) != plain:
-                raise BadArgument(
-                    f"{name}={given!r} is for models that generate tokens; {type(self.model).__name__} answers once "
-                    f"per image, so there is nothing to draft and no cache: leave {name} out"
-                )
-        return SinglePass(run, self.model.head).install()  # type: ignore[arg-type]
-
-    def flag(self) -> Mapping[str, Any] | None:
-        """Return the dict under `early_exit` in the model's `pretrained_cfg`, or None."""
-        config = getattr(self.model, "pretrained_cfg", None)
-        found = config.get("early_exit") if isinstance(config, Mapping) else None
-        return found if isinstance(found, Mapping) else None
-
-
-def _same(logits: Tensor) -> Tensor:
-    return logits
-
-
-def _split(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """Return images and labels (or None) of a batch; raises `BadArgument` naming what can be given."""
-    if isinstance(batch, Mapping):
-        images = next((batch[k] for k in IMAGES if k in batch), None)
-        labels = next((batch[k] for k in LABELS if k in batch), None)
-    elif isinstance(batch, (tuple, list)) and len(batch) == 2:
-        images, labels = batch
-    else:
-        images, labels = batch, None
-    if not isinstance(images, Tensor) or images.dim() != 4 or not (labels is None or isinstance(labels, Tensor)):
-        raise BadArgument(
-            "a batch of images is a tensor [batch, channel, height, width], a pair (images, labels), or a mapping "
-            f"with {' or '.join(map(repr, IMAGES))} and, for labels, {' or '.join(map(repr, LABELS))}; "
-            f"got {_describe(batch)}"
-        )
-    return images, labels
-
-
-def _describe(batch: Any) -> str:
-    if isinstance(batch, Tensor):
-        return f"a tensor of shape {tuple(batch.shape)}"
-    if isinstance(batch, Mapping):
-        return f"a mapping with {', '.join(map(repr, batch)) or 'nothing'}"
-    return f"a {type(batch).__name__}"
-
 
 def _structure(model: nn.Module) -> None:
     """Raise `UnsupportedModel` with the reason when the parts that this backbone needs are not there."""
@@ -130,6 +70,7 @@ class _Seen(NamedTuple):
     state: Tensor
     read: Tensor
     logits: Tensor
+    size: tuple[int, ...]
 
 
 def _probe(model: nn.Module) -> _Seen:
@@ -139,10 +80,10 @@ def _probe(model: nn.Module) -> _Seen:
     watch = model.head.register_forward_pre_hook(lambda _, args: reads.append(args[0]))  # type: ignore[union-attr]
     try:
         with evaluating(model), torch.no_grad():
-            spec, calls = learn_spec(blocks, lambda batch: outputs.append(model(_noise(model, batch))), "x", first=True)
+            spec, calls = learn_spec(blocks, lambda batch: outputs.append(model(noise(model, batch))), "x", first=True)
             _check(calls, outputs[0], reads, blocks)
             state = calls[1].hidden  # the first block has run, the others returned what they were given
-            return _Seen(spec, state, reads[0], outputs[0])
+            return _Seen(spec, state, reads[0], outputs[0], tuple(noise(model, 1).shape[-2:]))
     except UnsupportedModel as error:
         raise UnsupportedModel(f"{type(model).__name__} is a timm model, but {error}") from None
     except Exception as error:  # whatever a model may raise: it cannot be called as an image classifier
@@ -163,20 +104,6 @@ def _check(calls: list[Call], logits: Any, reads: list[Any], blocks: list[nn.Mod
         raise UnsupportedModel(f"its `head` is called {len(reads) / 2:g} times per forward, not once")
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise UnsupportedModel("it does not return logits [batch, classes]")
-
-
-def _noise(model: nn.Module, batch: int) -> Tensor:
-    """Return images of the size that the model takes, the same each time; the global random state is not touched."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    channels, *size = config.get("input_size", (3, 224, 224))
-    for module in model.modules():
-        if (given := getattr(module, "img_size", None)) is not None:
-            size = [given, given] if isinstance(given, int) else list(given)
-            break
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    like = next(p for p in model.parameters() if p.is_floating_point())
-    shape = (batch, channels if first is None else first.in_channels, *size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
 
 
 class _Reading(NamedTuple):
@@ -234,23 +161,16 @@ def _reading(model: nn.Module, seen: _Seen) -> str:
     """Return the name of the first reading that gives the head exactly what the model gives it; else raises."""
     kind = type(model).__name__
     with evaluating(model):
-        if not _near(model.head(seen.read), seen.logits):  # type: ignore[operator]
+        if not near(model.head(seen.read), seen.logits):  # type: ignore[operator]
             raise UnsupportedModel(f"{kind} is a timm model, but its output is not what its `head` says")
         for name, reading in READINGS.items():
             try:
                 read = reading.norm(model)(reading.pool(model, seen.state))
             except (AttributeError, TypeError):  # no `pool`, or a forward_head without pre_logits
                 continue
-            if _near(read, seen.read):
+            if near(read, seen.read):
                 return name
     raise UnsupportedModel(
         f"{kind} is a timm model, but its `head` does not read its last block through `norm` and pooling alone "
         f"(something else runs in between)"
     )
-
-
-def _near(found: Any, wanted: Tensor) -> bool:
-    loose = 1e-4 if wanted.dtype in (torch.float32, torch.float64) else 3e-2
-    if not isinstance(found, Tensor) or found.shape != wanted.shape:
-        return False
-    return bool(((found - wanted).abs().amax() <= loose * (wanted.abs().amax() + loose)).item())

@@ -1,0 +1,27 @@
+"""Commands for image classifiers."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from offramp.cli import Json, console, group, write_json
+
+
+def add(app: typer.Typer) -> None:
+    """Add `offramp bench vision`."""
+    group(app, "bench").command("vision")(bench_vision)
+
+
+def bench_vision(
+    model: Annotated[list[str] | None, typer.Option(help="A model of timm, with random weights; repeatable.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Images per batch; repeat for several.")] = None,
+    head: Annotated[str, typer.Option(help="Name of the exit head.")] = "pooled_linear",
+    repeats: Annotated[int, typer.Option(min=1, help="Measured runs of each.")] = 3,
+    out: Json = None,
+) -> None:
+    """Measure how much of the skipped blocks' time leaving early really saves."""
+    from offramp_vision.bench import BATCHES, MODELS, Ask, bench
+
+    write_json(out, bench(Ask(tuple(model or MODELS), tuple(batch or BATCHES), head, repeats), console()))

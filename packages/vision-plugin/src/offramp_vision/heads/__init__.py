@@ -1,0 +1,1 @@
+"""Exit heads for images, one per file, found by file name: they read whole states of any width and layout."""

@@ -1,0 +1,1 @@
+"""Training losses for image classifiers, one per file, found by file name."""
