@@ -97,6 +97,8 @@ def _check(
                 f"{width}], not {list(key.shape)}, {list(value.shape)}, {list(block.key.shape)}, "
                 f"{list(block.value.shape)}"
             )
+        if block.key_norm is not None and (block.key_norm.center or block.key_norm.bias is not None):
+            raise BadArgument(f"fill_kv, block {i}: key_norm must be an RMS norm without bias, as all known models' are")
         if key.shape[2] != keys[0].shape[2]:
             raise BadArgument(f"fill_kv: the cache of block {i} has room for {key.shape[2]}, the first {keys[0].shape[2]}")
         if cos is not None and cos.shape != (rows, key.shape[-1]):

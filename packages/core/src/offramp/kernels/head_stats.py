@@ -100,7 +100,8 @@ def head_stats(
         empty = hidden.new_empty(0, dtype=torch.float32)
         return HeadStats(empty.long(), empty, empty, empty if "logsumexp" in needs else None,
                          empty if "entropy" in needs else None)  # fmt: skip
-    given = [t for t in (bias, scale, *(lora or ())[:2], *(norm.weight, norm.bias) if norm else ()) if t is not None]
+    parts_given = (bias, scale, *((lora.down, lora.up) if lora else ()), *((norm.weight, norm.bias) if norm else ()))
+    given = [t for t in parts_given if t is not None]
     run = select("head_stats", reference, hidden, weight, *given)
     return run(hidden, weight, bias, norm, lora, softcap, scale, needs)
 
