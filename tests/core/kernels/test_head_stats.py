@@ -1,11 +1,17 @@
 """Head statistics against float64: shapes that divide by nothing, ties, masked and broken rows, norms, LoRA, int8."""
 
+import importlib
+import sys
+
 import pytest
 import torch
 
 from offramp.errors import BadArgument
 from offramp.kernels.confidence import confidence
-from offramp.kernels.head_stats import BLOCK, NAMED, HeadStats, Lora, Norm, head_stats, parts
+from offramp.kernels.head_stats import NAMED, HeadStats, Lora, Norm, head_stats, parts
+
+#: classes per block and programs per weight in these tests, so that several of both are needed soon
+BLOCK, SPLITS = 1024, 8
 
 #: rows, classes, width
 SHAPES = [
@@ -13,6 +19,13 @@ SHAPES = [
     (1, 65, 129), (7, 1000, 31), (16, 257, 40), (17, 300, 33), (64, 200, 24), (65, 130, 20), (1, BLOCK, 9),
     (2, BLOCK + 1, 5), (3, BLOCK - 1, 4), (2, 4099, 100), (1, 2 * BLOCK + 37, 2),
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch, request):
+    monkeypatch.setattr(sys.modules["offramp.kernels.head_stats"], "BLOCK", BLOCK)
+    if "triton" in request.node.name:
+        monkeypatch.setattr(importlib.import_module("offramp.kernels.triton.head_stats"), "SPLITS", SPLITS)
 
 
 def make(rows, classes, width, dtype, device):

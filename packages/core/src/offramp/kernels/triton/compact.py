@@ -42,11 +42,12 @@ def compact(mask: Tensor, *tensors: Tensor, count: int | None = None) -> tuple[T
 
 
 def _rows(tensor: Tensor, index: Tensor) -> Tensor:
-    flat = tensor.reshape(tensor.shape[0], -1) if tensor.numel() else tensor.flatten(1)
+    if not tensor.numel() or not len(index):
+        return tensor.new_empty((len(index), *tensor.shape[1:]))
+    flat = tensor.reshape(len(tensor), -1)
     flat = flat if flat.shape[1] < 2 or flat.stride(1) == 1 else flat.contiguous()
     flat = flat.view(torch.uint8) if flat.dtype == torch.bool else flat
     out = flat.new_empty((len(index), flat.shape[1]))
-    if out.numel():
-        grid = (len(index), triton.cdiv(flat.shape[1], BLOCK))
-        _copy[grid](flat, index, out, len(flat), flat.shape[1], flat.stride(0), BLOCK=BLOCK)
+    grid = (len(index), triton.cdiv(flat.shape[1], BLOCK))
+    _copy[grid](flat, index, out, len(flat), flat.shape[1], flat.stride(0), BLOCK=BLOCK)
     return out.view(tensor.dtype).view(len(index), *tensor.shape[1:])

@@ -10,13 +10,13 @@ BLOCK = 1024
 
 
 @triton.jit
-def _kernel(index, values, out, rows, size, stride_values, stride_out, BLOCK: tl.constexpr):
+def _kernel(index, values, out, rows, size, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(index + place)
-    value = tl.load(values + place * stride_values + at, mask=at < size, other=0)
+    value = tl.load(values + place * size + at, mask=at < size, other=0)
     known = (row >= 0) & (row < rows)
-    tl.store(out + row * stride_out + at, value.to(out.dtype.element_ty), mask=known & (at < size))
+    tl.store(out + row * size + at, value.to(out.dtype.element_ty), mask=known & (at < size))
 
 
 def scatter(index: Tensor, values: Tensor, out: Tensor) -> Tensor:
@@ -24,10 +24,9 @@ def scatter(index: Tensor, values: Tensor, out: Tensor) -> Tensor:
     if not values.numel():
         return out
     dense = out if out.is_contiguous() else out.contiguous()
-    source, target = values.to(out.dtype).contiguous().flatten(1) if values.dim() > 1 else values.to(out.dtype)[:, None], dense
-    grid = (len(index), triton.cdiv(source.shape[1], BLOCK))
-    size = source.shape[1]
-    _kernel[grid](index.contiguous(), source.contiguous(), target, len(out), size, size, size, BLOCK=BLOCK)
+    source = values.to(out.dtype).contiguous()
+    size = source[0].numel()
+    _kernel[len(index), triton.cdiv(size, BLOCK)](index.contiguous(), source, dense, len(out), size, BLOCK=BLOCK)
     if dense is not out:
         out.copy_(dense)
     return out
