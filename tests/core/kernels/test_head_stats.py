@@ -23,7 +23,8 @@ SHAPES = [
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch, request):
-    monkeypatch.setattr(sys.modules["offramp.kernels.head_stats"], "BLOCK", BLOCK)
+    for name in ("BLOCK", "LOGITS"):
+        monkeypatch.setattr(sys.modules["offramp.kernels.head_stats"], name, BLOCK)
     if "triton" in request.node.name:
         monkeypatch.setattr(importlib.import_module("offramp.kernels.triton.head_stats"), "SPLITS", SPLITS)
 

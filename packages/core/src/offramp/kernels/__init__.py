@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from offramp.kernels._select import available as available
+from offramp.kernels._select import mode as mode
 from offramp.kernels._select import ops as ops
 from offramp.kernels.compact import compact as compact
 from offramp.kernels.fill_kv import fill_kv as fill_kv

@@ -11,9 +11,10 @@ from torch import Tensor
 from offramp.errors import BadArgument
 from offramp.kernels._select import select
 
-#: classes per block on the CPU: 16,384 float32 logits of 8 rows fill a quarter of 2 MB of second-level cache; blocks of
-#: 4,096 are 10 % slower (oneDNN starts anew), of 32,768 no faster
-BLOCK = 16384
+#: logits per block on the CPU, all rows together: 512 kB in float32, a quarter of 2 MB of second-level cache
+LOGITS = 131072
+#: classes per block at least: with 4,096 the products of 8 rows take 10 % longer, as oneDNN starts anew for each
+BLOCK = 8192
 #: classes per segment whose largest logit is looked for first: `amax` of 8 x 32,768 takes 0.03 ms, `topk(2)` 0.37 ms
 SEGMENT = 128
 #: exp of less than this is 0 in float32; -inf - max is brought here, because 0 * -inf is NaN
@@ -114,8 +115,9 @@ def reference(
     hidden = hidden if norm is None else norm(hidden)
     low = None if lora is None else (hidden @ lora.down.t()) * lora.scale
     found = []
-    for start in range(0, weight.shape[0], BLOCK):
-        block = slice(start, start + BLOCK)
+    size = max(BLOCK, LOGITS // len(hidden))
+    for start in range(0, weight.shape[0], size):
+        block = slice(start, start + size)
         logits = project(hidden, weight[block] if scale is None else weight[block].to(hidden.dtype))
         logits = logits if scale is None else logits * scale[block].float()
         logits = logits if bias is None else logits + bias[block].float()
@@ -129,11 +131,11 @@ def reference(
 def project(hidden: Tensor, weight: Tensor) -> Tensor:
     """Return hidden @ weight.T in float32, contiguous [rows, classes], by the fastest of three ways on the CPU.
 
-    152,000 x 1,024 on one core: 1 row in bfloat16 25 ms as `mv`, 32 ms as `linear`; 8 rows 27 and 35 ms, in float32 79
-    and 135 ms as weight @ hidden.T and as `linear`; 2 rows in float32 77 and 43 ms.
+    152,000 x 1,024 on one core: 1 row in bfloat16 25 ms as `mv`, 32 ms as `linear`; 8 rows 27 ms as weight @ hidden.T,
+    35 ms as `linear`, in float32 79 and 135 ms; 2 rows in float32 77 and 43 ms; 1 row in float32 is the same all ways.
     """
     rows = hidden.shape[0]
-    if hidden.device.type != "cpu" or (rows in (2, 3) and hidden.dtype == torch.float32):
+    if hidden.device.type != "cpu" or (rows < 4 and hidden.dtype == torch.float32):
         return torch.nn.functional.linear(hidden, weight).float()
     if rows == 1:
         return torch.mv(weight, hidden[0]).float()[None]
