@@ -2,8 +2,6 @@
 
 import time
 
-import pytest
-
 from offramp.bench_overhead import Clock, single_pass
 
 
@@ -26,4 +24,4 @@ def test_a_part_inside_another_counts_once():
         inner()
 
     clock.wrap("outer", both)()
-    assert clock.spent["inner"] == pytest.approx(0.1, abs=0.04) and clock.spent["outer"] == pytest.approx(0.02, abs=0.015)
+    assert clock.spent["inner"] >= 0.1 and 0.02 <= clock.spent["outer"] < 0.1

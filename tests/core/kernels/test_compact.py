@@ -8,11 +8,15 @@ from offramp.kernels.compact import compact
 
 #: rows, and the shape of one row
 SHAPES = [
-    (0, (3,)), (1, ()), (1, (1,)), (2, (0,)), (3, (5, 7)), (7, (16,)), (8, (1024,)), (9, (1025,)), (17, (3, 2, 2)), (31, (2,)),
-    (32, (1,)), (33, (129,)), (64, (10,)), (65, (4, 4)), (127, (3,)), (255, (2,)), (1025, (1,)), (400, ()), (5, (2047,)),
-    (100, (33,)),
+    (0, (3,)), (1, ()), (1, (1,)), (2, (0,)), (3, (5, 7)), (7, (16,)), (8, (1024,)), (9, (1025,)), (17, (3, 2, 2)),
+    (31, (2,)), (32, (1,)), (33, (129,)), (64, (10,)), (65, (4, 4)), (127, (3,)), (255, (2,)), (1025, (1,)),
+    (400, ()), (5, (2047,)), (100, (33,)),
 ]  # fmt: skip
-MASKS = {"some": lambda n: torch.rand(n) < 0.4, "none": lambda n: torch.zeros(n).bool(), "all": lambda n: torch.ones(n).bool()}
+MASKS = {
+    "some": lambda n: torch.rand(n) < 0.4,
+    "none": lambda n: torch.zeros(n).bool(),
+    "all": lambda n: torch.ones(n).bool(),
+}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

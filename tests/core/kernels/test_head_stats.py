@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.nn.functional import layer_norm, rms_norm
 
 from offramp.errors import BadArgument
 from offramp.kernels.confidence import confidence
@@ -72,7 +73,8 @@ def test_equals_float64(implementation, device, dtype, unit, shape):
 def test_makes_only_what_is_asked_for(implementation, device, needs):
     hidden, weight = make(3, 300, 20, torch.float32, device)
     found = head_stats(hidden, weight, needs=needs)
-    assert (found.logsumexp is not None) == ("logsumexp" in needs) and (found.entropy is not None) == ("entropy" in needs)
+    assert (found.logsumexp is not None) == ("logsumexp" in needs)
+    assert (found.entropy is not None) == ("entropy" in needs)
     agrees(found, (hidden.double() @ weight.double().T).cpu(), 1e-4)
 
 
@@ -96,8 +98,8 @@ def test_with_norm_bias_lora_and_soft_cap(implementation, device, center):
     lora = Lora(torch.randn(3, 24, device=device) / 5, torch.randn(301, 3, device=device), 0.5)
     found = head_stats(hidden, weight, bias, norm, lora, softcap=4.0)
     gain, shift = norm.weight.double(), None if norm.bias is None else norm.bias.double()
-    x = torch.nn.functional
-    x = x.layer_norm(hidden.double(), (24,), gain, shift, 1e-5) if center else x.rms_norm(hidden.double(), (24,), gain, 1e-5)
+    x, size = hidden.double(), (24,)
+    x = layer_norm(x, size, gain, shift, 1e-5) if center else rms_norm(x, size, gain, 1e-5)
     logits = x @ weight.double().T + bias + 0.5 * (x @ lora.down.double().T) @ lora.up.double().T
     agrees(found, (4 * torch.tanh(logits / 4)).cpu(), 1e-5)
 

@@ -6,8 +6,10 @@ import torch
 from offramp.errors import BadArgument
 from offramp.kernels.verify import draw, verify
 
-SHAPES = [(0, 3), (1, 0), (1, 1), (2, 1), (3, 2), (1, 7), (5, 3), (4, 4), (7, 5), (8, 6), (9, 1), (2, 9), (3, 16), (16, 3),
-          (17, 2), (1, 31), (6, 8), (33, 4), (10, 10), (2, 0)]  # fmt: skip
+SHAPES = [
+    (0, 3), (1, 0), (1, 1), (2, 1), (3, 2), (1, 7), (5, 3), (4, 4), (7, 5), (8, 6), (9, 1), (2, 9), (3, 16),
+    (16, 3), (17, 2), (1, 31), (6, 8), (33, 4), (10, 10), (2, 0),
+]  # fmt: skip
 
 
 def walk(drafts, target, length, parents):
@@ -48,7 +50,7 @@ def test_chain_by_hand(implementation, device):
 
 
 def test_rejection_keeps_the_distribution(implementation):
-    """Drafts from q, corrected: first tokens are distributed as p (chi-squared, 4 classes, far below the 0.999 mark)."""
+    """Drafts from q, corrected: first tokens are distributed as p (chi-squared, 4 classes, below the 0.999 mark)."""
     n, p, q = 40_000, torch.tensor([0.5, 0.2, 0.25, 0.05]), torch.tensor([0.1, 0.6, 0.3, 0.0])
     generator = torch.Generator().manual_seed(5)
     drafts = torch.multinomial(q.expand(n, -1), 1, generator=generator)
@@ -68,9 +70,11 @@ def test_certain_drafts_keep_the_distribution(implementation, device, with_tree)
     parents = torch.tensor([[-1, -1]]).expand(n, -1).to(device) if with_tree else None
     if device == "cpu" and implementation == "triton":  # a program per row: the interpreter would take minutes
         n = 300
-    target, uniform = p.expand(n, 3, -1).to(device), torch.rand(n, 3, generator=torch.Generator().manual_seed(1)).to(device)
+    target = p.expand(n, 3, -1).to(device)
+    uniform = torch.rand(n, 3, generator=torch.Generator().manual_seed(1)).to(device)
     found = verify(drafts[:n], target, parents=None if parents is None else parents[:n], uniform=uniform)
-    first = torch.where(found.accepted > 0, drafts[:n].gather(1, (found.keep[:, 1:2] - 1).clamp(min=0))[:, 0], found.token)
+    taken = drafts[:n].gather(1, (found.keep[:, 1:2] - 1).clamp(min=0))[:, 0]
+    first = torch.where(found.accepted > 0, taken, found.token)
     seen = first.bincount(minlength=4).double().cpu()
     assert float(((seen - n * p) ** 2 / (n * p)).sum()) < 16.3
 
@@ -110,7 +114,10 @@ TOKENS = {"drafts": torch.zeros(2, 3, dtype=torch.long), "target": torch.zeros(2
         ({"lengths": torch.zeros(3, dtype=torch.long)}, r"lengths must be \[2\]"),
         ({"parents": torch.zeros(2, 4, dtype=torch.long)}, r"parents must be \[2, 3\]"),
         ({"proposal": torch.zeros(2, 3, 5)}, "sampled chains"),
-        ({"target": torch.zeros(2, 4, 5), "uniform": torch.zeros(2, 4), "proposal": torch.zeros(2, 3, 4)}, "proposal must"),
+        (
+            {"target": torch.zeros(2, 4, 5), "uniform": torch.zeros(2, 4), "proposal": torch.zeros(2, 3, 4)},
+            "proposal must",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said(change, said):

@@ -73,10 +73,11 @@ def single_pass(depth: int, width: int, batch: int, tokens: int, repeats: int) -
 def _case(
     model: ToyModel, exits: offramp.Exits, policy: offramp.ExitPolicy, x: torch.Tensor, repeats: int
 ) -> dict[str, Any]:
-    full, early, run = [], [], None
+    full: list[float] = []
+    early: list[float] = []
     for _ in range(repeats):  # in turns, so that a slow stretch of the machine hits both
         full.append(seconds({"full": lambda: model(x)}, 1, "cpu")["full"])
-        with offramp.enable(model, policy) as run:
+        with offramp.enable(model, policy):
             early.append(seconds({"early": lambda: model(x)}, 1, "cpu")["early"])
     whole, took = sorted(full)[repeats // 2], sorted(early)[repeats // 2]
     clock = Clock()

@@ -88,4 +88,7 @@ def _keep(body: dict[str, Any], what: str, results: Path | None, out: Path | Non
         file = results / f"{kind}-{body['date']}.json"
         results.mkdir(parents=True, exist_ok=True)
         before = json.loads(file.read_text()) if file.exists() else {}
-        write_json(file, {**before, what: body})
+        # one op measured anew leaves the rows of the others
+        new = {row.get("op", row.get("case")) for row in body["rows"]}
+        old = [row for row in before.get(what, {"rows": []})["rows"] if row.get("op", row.get("case")) not in new]
+        write_json(file, {**before, what: {**body, "rows": old + body["rows"]}})

@@ -1,4 +1,4 @@
-"""Numeric kernels: one op per file, its signature and torch reference together; `triton/` holds kernels of the same name.
+"""Numeric kernels: one op per file, its signature and torch reference together; `triton/` holds kernels of that name.
 
 `OFFRAMP_KERNELS=auto|torch|triton|cuda` chooses at every call; auto is Triton for tensors of a GPU, else torch.
 """

@@ -1,4 +1,4 @@
-"""Keys and values of blocks that did not run, from the state at the exit: state propagation straight into the caches."""
+"""Keys and values of blocks that did not run, from the state at the exit: state propagation into the caches."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _check(
     slots: Tensor, cos: Tensor | None, sin: Tensor | None,
 ) -> None:  # fmt: skip
     if not len(blocks) == len(keys) == len(values):
-        raise BadArgument(f"fill_kv: {len(blocks)} blocks, {len(keys)} key and {len(values)} value caches; give as many")
+        raise BadArgument(f"fill_kv: {len(blocks)} blocks, {len(keys)} key, {len(values)} value caches; give as many")
     if hidden.dim() != 2 or slots.shape != hidden.shape[:1]:
         raise BadArgument(
             f"fill_kv takes hidden [rows, width] and slots [rows], not {list(hidden.shape)} and {list(slots.shape)}"
@@ -93,13 +93,13 @@ def _check(
         wanted = (key.shape[1] * key.shape[-1], width) if key.dim() == 4 else ()
         if block.key.shape != wanted or key.shape != value.shape or key.shape[0] != rows or block.value.shape != wanted:
             raise BadArgument(
-                f"fill_kv, block {i}: caches must be [{rows}, kv_heads, room, head_dim] and weights [kv_heads * head_dim, "
-                f"{width}], not {list(key.shape)}, {list(value.shape)}, {list(block.key.shape)}, "
+                f"fill_kv, block {i}: caches must be [{rows}, kv_heads, room, head_dim] and weights "
+                f"[kv_heads * head_dim, {width}], not {list(key.shape)}, {list(value.shape)}, {list(block.key.shape)}, "
                 f"{list(block.value.shape)}"
             )
         if block.key_norm is not None and (block.key_norm.center or block.key_norm.bias is not None):
-            raise BadArgument(f"fill_kv, block {i}: key_norm must be an RMS norm without bias, as all known models' are")
+            raise BadArgument(f"fill_kv, block {i}: key_norm must be an RMS norm without bias, as known models' are")
         if key.shape[2] != keys[0].shape[2]:
-            raise BadArgument(f"fill_kv: the cache of block {i} has room for {key.shape[2]}, the first {keys[0].shape[2]}")
+            raise BadArgument(f"fill_kv: block {i} has a cache for {key.shape[2]}, the first for {keys[0].shape[2]}")
         if cos is not None and cos.shape != (rows, key.shape[-1]):
             raise BadArgument(f"fill_kv: cos must be {[rows, key.shape[-1]]}, not {list(cos.shape)}")

@@ -42,7 +42,7 @@ class Norm(NamedTuple):
 
 
 class Lora(NamedTuple):
-    """A low-rank delta of the projection: logits += scale * up @ (down @ hidden). down: [r, width]; up: [classes, r]."""
+    """A low-rank delta: logits += scale * up @ (down @ hidden). down: [r, width]; up: [classes, r]."""
 
     down: Tensor
     up: Tensor

@@ -23,8 +23,8 @@ def row_attention(
     fits = keys.dim() == 4 and keys.shape == values.shape and query.dim() == 3 and query.shape[2] == keys.shape[3]
     if not fits or query.shape[1] % keys.shape[1]:
         raise BadArgument(
-            f"row_attention takes query [n, heads, head_dim] and keys, values [batch, kv_heads, room, head_dim], heads a "
-            f"multiple of kv_heads, not {list(query.shape)}, {list(keys.shape)} and {list(values.shape)}"
+            f"row_attention takes query [n, heads, head_dim] and keys, values [batch, kv_heads, room, head_dim], heads "
+            f"a multiple of kv_heads, not {list(query.shape)}, {list(keys.shape)} and {list(values.shape)}"
         )
     if rows.shape != query.shape[:1] or lengths.shape != query.shape[:1]:
         raise BadArgument(

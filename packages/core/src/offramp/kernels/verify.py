@@ -117,8 +117,12 @@ def _check(
             "verify: proposal= belongs to sampled chains; give target as probabilities, and no parents (the drafts of "
             "a tree are certain: leave proposal out)"
         )
-    shapes = (("lengths", lengths, (rows,)), ("parents", parents, (rows, count)), ("uniform", uniform, (rows, count + 1)),
-              ("proposal", proposal, (rows, count, *target.shape[2:])))  # fmt: skip
+    shapes = (
+        ("lengths", lengths, (rows,)),
+        ("parents", parents, (rows, count)),
+        ("uniform", uniform, (rows, count + 1)),
+        ("proposal", proposal, (rows, count, *target.shape[2:])),
+    )
     for name, given, wanted in shapes:
         if given is not None and given.shape != wanted:
             raise BadArgument(f"verify: {name} must be {list(wanted)}, not {list(given.shape)}")

@@ -124,7 +124,8 @@ def _launch(
         copies += list(zip((key_cache, value_cache), caches, strict=True))
         norm, key_norm = block.norm, block.key_norm
         table.append([
-            gain(norm.weight, width), pointer(block.key), pointer(block.value), caches[0].data_ptr(), caches[1].data_ptr(),
+            gain(norm.weight, width), pointer(block.key), pointer(block.value),
+            caches[0].data_ptr(), caches[1].data_ptr(),
             pointer(norm.bias, width), pointer(block.key_bias, heads * dim), pointer(block.value_bias, heads * dim),
             gain(None if key_norm is None else key_norm.weight, dim),
         ])  # fmt: skip

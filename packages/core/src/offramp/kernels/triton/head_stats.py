@@ -25,7 +25,8 @@ def _project(x, w, rows, width, classes, row, cls, stride_x, stride_w, BLOCK_K: 
     acc = tl.zeros((row.shape[0], cls.shape[0]), tl.float32)
     for k in range(0, width, BLOCK_K):
         at = k + tl.arange(0, BLOCK_K)
-        left = tl.load(x + row[:, None] * stride_x + at[None, :], mask=(row[:, None] < rows) & (at[None, :] < width), other=0)
+        mask = (row[:, None] < rows) & (at[None, :] < width)
+        left = tl.load(x + row[:, None] * stride_x + at[None, :], mask=mask, other=0)
         mask = (cls[:, None] < classes) & (at[None, :] < width)
         right = tl.load(w + cls[:, None].to(tl.int64) * stride_w + at[None, :], mask=mask, other=0)
         if INT8:
@@ -58,11 +59,11 @@ def _kernel(x, w, bias, scale, low, up, label_out, first_out, second_out, mass_o
         if HAS_BIAS:
             logit = logit + tl.load(bias + cls, mask=cls < classes, other=0).to(tl.float32)[None, :]
         if HAS_LORA:
-            logit = logit + _project(low, up, rows, rank, classes, row, cls, stride_low, stride_up, BLOCK_K, IEEE, False,
-                                     WIDE)
+            logit = logit + _project(low, up, rows, rank, classes, row, cls, stride_low, stride_up, BLOCK_K, IEEE,
+                                     False, WIDE)
         if HAS_CAP:  # tanh by the sigmoid, which does not overflow
             logit = softcap * (2 * tl.sigmoid(2 * logit / softcap) - 1)
-        logit = tl.where(logit != logit, float("inf"), logit)  # NaN is lost in a maximum; infinity is reported as NaN
+        logit = tl.where(logit != logit, float("inf"), logit)  # a maximum loses NaN; infinity is reported as NaN
         logit = tl.where((cls < classes)[None, :], logit, -float("inf"))
         top = tl.max(logit, 1)
         place = tl.min(tl.where(logit == top[:, None], cls[None, :], 2147483647), 1)

@@ -54,8 +54,8 @@ def row_attention(
     values = values if values.stride(-1) == 1 else values.contiguous()
     group = heads // kv_heads
     _kernel[n, kv_heads](
-        query.contiguous(), keys, values, rows.long().contiguous(), lengths.long().contiguous(), out, scale, batch, room,
-        group, dim, kv_heads, *keys.stride()[:3], *values.stride()[:3],
+        query.contiguous(), keys, values, rows.long().contiguous(), lengths.long().contiguous(), out, scale, batch,
+        room, group, dim, kv_heads, *keys.stride()[:3], *values.stride()[:3],
         BLOCK_G=triton.next_power_of_2(group), BLOCK_S=32, BLOCK_D=triton.next_power_of_2(dim),
     )  # fmt: skip
     return out
