@@ -15,8 +15,6 @@ from offramp.kernels._select import select
 LOGITS = 131072
 #: classes per block at least: with 4,096 the products of 8 rows take 10 % longer, as oneDNN starts anew for each
 BLOCK = 8192
-#: classes per segment whose largest logit is looked for first: `amax` of 8 x 32,768 takes 0.03 ms, `topk(2)` 0.37 ms
-SEGMENT = 128
 #: exp of less than this is 0 in float32; -inf - max is brought here, because 0 * -inf is NaN
 LEAST = -104.0
 #: statistics of `offramp.kernels.confidence` that `HeadStats.named` can give
@@ -144,16 +142,9 @@ def project(hidden: Tensor, weight: Tensor) -> Tensor:
 
 def _block(logits: Tensor, start: int, needs: Set[str]) -> tuple[Tensor, ...]:
     """Return (label, first, second, sum of e = exp(x - first), sum of e * (x - first)) of one block [rows, classes]."""
-    ragged = -logits.shape[1] % SEGMENT
-    x = torch.nn.functional.pad(logits, (0, ragged), value=-torch.inf) if ragged else logits
-    segments = x.unflatten(1, (-1, SEGMENT))
-    tops = segments.amax(-1)
-    first, where = tops.max(-1)  # the first of equals, as `max` promises
-    inside = segments[torch.arange(len(x), device=x.device), where]
-    place = inside.argmax(-1)
-    others = tops.scatter(1, where[:, None], -torch.inf).amax(-1)
-    second = torch.maximum(others, inside.scatter(1, place[:, None], -torch.inf).amax(-1))
-    label = where * SEGMENT + place + start
+    first, place = logits.max(-1)  # the first of equals, as `max` promises and `topk` does not; NaN is the largest
+    second = logits.scatter(1, place[:, None], -torch.inf).amax(-1)
+    label = place + start
     if not needs:
         return label, first, second
     x = logits - first.clamp(min=torch.finfo(torch.float32).min)[:, None]
