@@ -13,19 +13,8 @@ from offramp.kernels.fill_kv import Projection
 
 
 @triton.jit
-def _kernel(x, table, slots, cos, sin, width, room, dim, stride_batch, stride_head, stride_slot,
-            COLUMNS: tl.constexpr, ROTATES: tl.constexpr, BIAS: tl.constexpr, KEY_NORM: tl.constexpr,
-            NORM_BIAS: tl.constexpr, CENTER: tl.constexpr, KEY_NORM_EPS: tl.constexpr, EPS: tl.constexpr,
-            BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    block = tl.program_id(2) // 2
-    is_value = tl.program_id(2) % 2
-    kind = tl.pointer_type(x.dtype.element_ty)
-    entry = table + block * COLUMNS
-    norm = tl.load(entry).to(kind)
-    weight = tl.load(entry + 1 + is_value).to(kind)
-    cache = tl.load(entry + 3 + is_value).to(kind)
+def _moments(x, row, width, CENTER: tl.constexpr, EPS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Mean (0 of an RMS norm) and 1 / root mean square of one row, in float32."""
     total = 0.0
     square = 0.0
     for k in range(0, width, BLOCK_K):
@@ -41,7 +30,24 @@ def _kernel(x, table, slots, cos, sin, width, room, dim, stride_batch, stride_he
             h = tl.load(x + row * width + at, mask=at < width, other=0).to(tl.float32)
             h = tl.where(at < width, h - mean, 0.0)
             square += tl.sum(h * h, 0)
-    rsqrt = 1.0 / tl.sqrt(square / width + EPS)
+    return mean, 1.0 / tl.sqrt(square / width + EPS)
+
+
+@triton.jit
+def _kernel(x, table, slots, cos, sin, width, room, dim, stride_batch, stride_head, stride_slot,
+            COLUMNS: tl.constexpr, ROTATES: tl.constexpr, BIAS: tl.constexpr, KEY_NORM: tl.constexpr,
+            NORM_BIAS: tl.constexpr, CENTER: tl.constexpr, KEY_NORM_EPS: tl.constexpr, EPS: tl.constexpr,
+            BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    block = tl.program_id(2) // 2
+    is_value = tl.program_id(2) % 2
+    kind = tl.pointer_type(x.dtype.element_ty)
+    entry = table + block * COLUMNS
+    norm = tl.load(entry).to(kind)
+    weight = tl.load(entry + 1 + is_value).to(kind)
+    cache = tl.load(entry + 3 + is_value).to(kind)
+    mean, rsqrt = _moments(x, row, width, CENTER, EPS, BLOCK_K)
     d = tl.arange(0, BLOCK_D)
     half = dim // 2
     pair = tl.where(d < half, d + half, d - half)
