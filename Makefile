@@ -29,6 +29,8 @@ test: $(STAMP)
 	$(BIN)/python -m pytest
 
 bench: $(STAMP)
+	$(BIN)/offramp bench kernels --results tests/bench/results
+	$(BIN)/offramp bench overhead --results tests/bench/results
 	$(BIN)/offramp bench lm
 
 lint: $(STAMP)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from offramp import kernels as kernels
 from offramp._registry import create as _create
 from offramp._registry import names as names
 from offramp._registry import register as register

@@ -8,7 +8,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from offramp import calibrator, draft, gate, head, loss, policy
+from offramp import calibrator, draft, gate, head, kernels, loss, policy
 from offramp.errors import BadArgument, OfframpError, UnknownName, check_options, did_you_mean
 
 T = TypeVar("T")
@@ -65,8 +65,12 @@ def _files(package: str) -> list[str]:
     return [m.name for m in pkgutil.iter_modules(module.__path__) if not m.name.startswith("_")]
 
 
-def names(kind: type) -> list[str]:
-    """Return the sorted names known for a contract: files of its folders and registered third-party classes."""
+def names(kind: Any) -> list[str]:
+    """Return the sorted names known for a contract: files of its folders and registered third-party classes; for the
+    module `offramp.kernels` those of its ops.
+    """
+    if kind is kernels:
+        return kernels.ops()
     from offramp._plugins import plugins
 
     plugins()  # they bring folders and classes of their own

@@ -107,6 +107,10 @@ def build() -> typer.Typer:
     app.command("report")(report)
     for name in GROUPS:
         group(app, name)
+    from offramp.commands_bench import bench_kernels, bench_overhead  # it imports this module
+
+    group(app, "bench").command("kernels")(bench_kernels)
+    group(app, "bench").command("overhead")(bench_overhead)
     found = plugins()
     for name in found.loaded:
         others = [p for n, p in found.manager.list_name_plugin() if n != name]
@@ -119,18 +123,24 @@ def build() -> typer.Typer:
 
 def list_names(out: Json = None) -> None:
     """List policies, heads, calibrators and losses by name, and the plugins found."""
+    import torch
+
+    from offramp import kernels
     from offramp._plugins import plugins
     from offramp._registry import kinds, names
 
-    found = plugins()
+    found, device = plugins(), "cuda" if torch.cuda.is_available() else "cpu"
     body: dict[str, Any] = {
         "names": {kind.__name__: names(kind) for kind in kinds()},
+        "kernels": {op: kernels.available(op, device) for op in kernels.ops()},
         "plugins": {name: str(getattr(module, "__name__", module)) for name, module in sorted(found.loaded.items())},
         "broken": {name: repr(error) for name, error in sorted(found.broken.items())},
     }
     table = Table("kind", "names")
-    for kind, known in body["names"].items():
+    for kind, known in [*body["names"].items(), ("kernels", kernels.ops())]:
         table.add_row(kind, ", ".join(known))
+    for name, why in list(body["kernels"]["head_stats"].items())[1:]:
+        table.add_row(f"kernels ({name})", escape(why) if why else "available")
     plugin_table = Table("plugin", "state")
     for name, module in body["plugins"].items():
         plugin_table.add_row(name, f"loaded ({escape(module)})")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from offramp.blocks import Call, state_of, with_state
 from offramp.enable import Run, check_outputs
+from offramp.kernels.compact import compact
 from offramp.kernels.confidence import PREDICTION, confidence, cosine
 from offramp.policy import Evidence, ExitPolicy, State
 
@@ -170,7 +171,7 @@ class SinglePass:
         run.stats.nonfinite += counts[1]
         if not counts[0]:
             return None
-        gone, answer = stop.nonzero().squeeze(-1), None
+        gone, answer = compact(stop, count=counts[0])[0], None
         if self.output is not None and seen.prediction is not None:
             answer = seen.prediction[gone]
         elif self.output is not None:  # a policy that never looked at the logits: a broken head must not answer
@@ -184,12 +185,15 @@ class SinglePass:
                 gone, answer = gone[sure], answer[sure]
                 if not gone.numel():
                     return None
-        kept = (~stop).nonzero().squeeze(-1)
-        rows = self.rows if self.rows is not None else torch.arange(self.batch, device=hidden.device)
+        return self.leave(seen.depth, hidden, stop, gone, answer)
+
+    def leave(self, depth: int, hidden: Tensor, stop: Tensor, gone: Tensor, answer: Tensor | None) -> Tensor:
+        """Take the rows `gone`, marked in `stop`, out of the batch; returns the indices of those that go on."""
+        rows = self.rows if self.rows is not None else torch.arange(len(stop), device=hidden.device)
         self.left.append((rows[gone], self.leaving(hidden, gone), answer))
-        self.depths[rows[gone].cpu()] = seen.depth
-        self.rows = rows[kept]
-        self.state = {k: v[kept] for k, v in self.state.items()}
+        self.depths[rows[gone].cpu()] = depth
+        kept, self.rows, *rest = compact(~stop, rows, *self.state.values(), count=len(stop) - len(gone))
+        self.state = dict(zip(self.state, rest, strict=True))
         if self.previous is not None:
             self.previous = self.previous[kept]
         return kept

@@ -1,0 +1,204 @@
+"""Measure the kernels: every op, against how it is written without them, in milliseconds and in bandwidth."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from offramp import kernels
+from offramp.errors import UnknownName, did_you_mean
+
+Way = Callable[[], Any]
+#: classes x width of two language models' unembeddings
+SHAPES = ((32_000, 1024), (32_000, 2048), (152_000, 1024), (152_000, 2048))
+QUICK = ((2_000, 64),)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table: an op on one shape, ways to compute it by name ("kernel" is ours), bytes it must read."""
+
+    op: str
+    shape: str
+    dtype: torch.dtype
+    ways: dict[str, Way]
+    moved: int
+
+
+def seconds(ways: dict[str, Way], repeats: int, device: str) -> dict[str, float]:
+    """Return the median seconds of every way; they take turns, so that a slow stretch of the machine hits all alike."""
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(repeats + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if device != "cpu":
+                torch.accelerator.synchronize()
+            if turn:  # the first warms up
+                taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def copy_bandwidth(device: str, repeats: int = 5) -> float:
+    """Return measured bytes per second of a copy of 256 MB, each byte read and written counted."""
+    source = torch.zeros(256 << 20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / seconds({"copy": lambda: target.copy_(source)}, repeats, device)["copy"]
+
+
+def eager_softmax(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """Write head statistics as frameworks do: float32 logits of all classes, log-softmax, top-2, entropy."""
+    log_p = functional.linear(hidden, weight).float().log_softmax(-1)
+    top, label = log_p.topk(2, -1)
+    return top, label, torch.special.entr(log_p.exp()).sum(-1)
+
+
+def eager_logsumexp(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """Write them with as few passes as eager torch allows."""
+    logits = functional.linear(hidden, weight).float()
+    total = logits.logsumexp(-1)
+    top, label = logits.topk(2, -1)
+    return top, label, total - (logits * (logits - total[:, None]).exp_()).sum(-1)
+
+
+def head_stats(quick: bool, device: str, compiled: bool) -> Iterator[Case]:
+    """Unembeddings of language models, one row and eight, in bfloat16 and float32."""
+    for classes, width in QUICK if quick else SHAPES:
+        for dtype in (torch.bfloat16, torch.float32):
+            weight = (torch.randn(classes, width, device=device) * 0.02).to(dtype)
+            for rows in (1, 8):
+                hidden = torch.randn(rows, width, device=device).to(dtype)
+                ways = _head_ways(hidden, weight, compiled)
+                yield Case("head_stats", f"{rows} x {width} x {classes}", dtype, ways, weight.nbytes)
+
+
+def _head_ways(hidden: Tensor, weight: Tensor, compiled: bool) -> dict[str, Way]:
+    ways: dict[str, Way] = {
+        "kernel": lambda: kernels.head_stats(hidden, weight),
+        "softmax": lambda: eager_softmax(hidden, weight),
+        "logsumexp": lambda: eager_logsumexp(hidden, weight),
+    }
+    if compiled:
+        made = torch.compile(eager_softmax)
+        ways["torch.compile"] = lambda: made(hidden, weight)
+    return ways
+
+
+def subset_logits(quick: bool, device: str, compiled: bool) -> Iterator[Case]:
+    """Four candidates of a tree of 16 nodes, against the whole projection."""
+    classes, width = (QUICK if quick else SHAPES)[0]
+    weight = torch.randn(classes, width, device=device)
+    for rows in (1, 16):
+        hidden, ids = torch.randn(rows, width, device=device), torch.randint(classes, (rows, 4), device=device)
+        ways: dict[str, Way] = {
+            "kernel": lambda h=hidden, i=ids: kernels.subset_logits(h, weight, i),  # type: ignore[misc]
+            "whole": lambda h=hidden, i=ids: functional.linear(h, weight).gather(-1, i),  # type: ignore[misc]
+        }
+        yield Case("subset_logits", f"{rows} x {width}, 4 of {classes}", weight.dtype, ways, ids.numel() * width * 4)
+
+
+def compact(quick: bool, device: str, compiled: bool) -> Iterator[Case]:
+    """A batch of images as ViT-B sees it, half of which goes on."""
+    rows, tokens, width = (8, 5, 16) if quick else (64, 197, 768)
+    hidden, mask = torch.randn(rows, tokens, width, device=device), torch.arange(rows, device=device) % 2 == 0
+    ways: dict[str, Way] = {
+        "kernel": lambda: kernels.compact(mask, hidden, count=rows // 2),
+        "mask": lambda: (mask.nonzero(), hidden[mask]),
+    }
+    yield Case("compact", f"{rows} x {tokens} x {width}, half", hidden.dtype, ways, hidden.nbytes)
+
+
+def row_attention(quick: bool, device: str, compiled: bool) -> Iterator[Case]:
+    """Half of the rows of a cache, against a copy of these rows and one masked attention."""
+    batch, heads, kv_heads, room, dim = (4, 4, 2, 16, 8) if quick else (16, 16, 8, 1024, 64)
+    keys, values = torch.randn(2, batch, kv_heads, room, dim, device=device).unbind()
+    rows = torch.arange(0, batch, 2, device=device)
+    query, lengths = torch.randn(len(rows), heads, dim, device=device), torch.full((len(rows),), room, device=device)
+    lengths[::2] //= 2
+
+    def copied() -> Tensor:
+        mask = torch.arange(room, device=device) < lengths[:, None]
+        return functional.scaled_dot_product_attention(
+            query[:, :, None], keys[rows], values[rows], attn_mask=mask[:, None, None], enable_gqa=True
+        )
+
+    ways: dict[str, Way] = {"kernel": lambda: kernels.row_attention(query, keys, values, rows, lengths), "copy": copied}
+    shape = f"{len(rows)} of {batch} x {heads}/{kv_heads} x {room} x {dim}"
+    yield Case("row_attention", shape, keys.dtype, ways, int(lengths.sum()) * kv_heads * dim * 8)
+
+
+def span_margin(quick: bool, device: str, compiled: bool) -> Iterator[Case]:
+    """A span of 32 positions of a diffusion language model, from hidden states, against its float32 logits."""
+    positions, (classes, width) = 32, (QUICK if quick else SHAPES)[0]
+    hidden = torch.randn(1, positions, width, device=device).bfloat16()
+    weight = (torch.randn(classes, width, device=device) * 0.02).bfloat16()
+    where = torch.ones(1, positions, dtype=torch.bool, device=device)
+
+    def whole() -> Tensor:
+        pair = functional.linear(hidden, weight).float().topk(2, -1).values
+        return (pair[..., 0] - pair[..., 1]).mean(-1)
+
+    ways: dict[str, Way] = {"kernel": lambda: kernels.span_margin(hidden, where, weight), "logits": whole}
+    yield Case("span_margin", f"{positions} x {width} x {classes}", hidden.dtype, ways, weight.nbytes)
+
+
+#: op -> its cases
+CASES = {f.__name__: f for f in (head_stats, subset_logits, compact, row_attention, span_margin)}
+
+
+def measure(
+    only: str | None, quick: bool, repeats: int, device: str, compiled: bool, done: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Return the measured table with the machine it is from; `done` is given every row as it comes.
+
+    Raises `UnknownName` for an op without cases.
+    """
+    if only is not None and only not in CASES:
+        raise UnknownName(f"no benchmark of a kernel is called {only!r};{did_you_mean(only, CASES)}")
+    copy, table = copy_bandwidth(device), []
+    for name, cases in CASES.items():
+        if only not in (None, name):
+            continue
+        for case in cases(quick, device, compiled):
+            table.append(_row(case, seconds(case.ways, repeats, device), copy))
+            done(table[-1])
+    return {**machine(device), "copy_gb_per_s": copy / 1e9, "repeats": repeats, "rows": table}
+
+
+def _row(case: Case, taken: dict[str, float], copy: float) -> dict[str, Any]:
+    others = {name: value for name, value in taken.items() if name != "kernel"}
+    best = min(others, key=lambda name: others[name])
+    return {
+        "op": case.op,
+        "shape": case.shape,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "ms": {name: value * 1e3 for name, value in taken.items()},
+        "best_other": best,
+        "speedup": others[best] / taken["kernel"],
+        "of_copy_bandwidth": case.moved / taken["kernel"] / copy,
+    }
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Return what a measured number must be read with: date, kind of machine, threads, torch, selected kernels."""
+    import os
+
+    kind = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} cores, {device.upper()}"
+    found: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "machine": kind,
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "kernels": kernels.mode(),
+    }
+    return found

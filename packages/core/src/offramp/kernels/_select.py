@@ -1,0 +1,93 @@
+"""Which implementation of an op runs: one environment variable, read at every call, and a reason where it cannot be."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import pkgutil
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from offramp.errors import BadArgument, UnknownName, did_you_mean
+
+F = TypeVar("F", bound=Callable[..., Any])
+VARIABLE = "OFFRAMP_KERNELS"
+MODES = ("auto", "torch", "triton", "cuda")
+#: what was said already: once per op, implementation and reason
+_said: set[tuple[str, str, str]] = set()
+
+
+def ops() -> list[str]:
+    """Return the sorted names of the ops: the files of this folder."""
+    return _stems("offramp.kernels")
+
+
+def available(op: str, device: str = "cpu") -> dict[str, str | None]:
+    """Return for each implementation of `op` None, or why it cannot run on tensors of this device type.
+
+    Raises `UnknownName`.
+    """
+    if op not in ops():
+        raise UnknownName(f"no kernel is called {op!r};{did_you_mean(op, ops())}")
+    return {"torch": None, **{name: missing(op, name, device) for name in ("triton", "cuda")}}
+
+
+def mode() -> str:
+    """Return what OFFRAMP_KERNELS asks for; raises `UnknownName` for anything but auto, torch, triton and cuda."""
+    found = os.environ.get(VARIABLE) or "auto"
+    if found not in MODES:
+        raise UnknownName(f"{VARIABLE}={found!r} is not known;{did_you_mean(found, MODES)}")
+    return found
+
+
+def select(op: str, reference: F, *tensors: Tensor) -> F:
+    """Return the function that computes `op` for these tensors: that of the chosen implementation, or `reference`.
+
+    Kernels have no gradient: where one is asked for, the reference runs. An implementation that is missing is named in
+    one warning per reason, and the reference runs. Raises `BadArgument` for tensors of several devices.
+    """
+    device = tensors[0].device
+    for other in tensors[1:]:
+        if other.device != device:
+            raise BadArgument(f"{op} was given tensors on {device} and on {other.device}; move them to one device")
+    asked = mode()
+    if asked == "torch" or (asked == "auto" and device.type == "cpu"):
+        return reference
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return reference
+    implementation = "triton" if asked == "auto" else asked
+    why = missing(op, implementation, device.type)
+    if why is None:
+        found: F = getattr(importlib.import_module(f"offramp.kernels.{implementation}.{op}"), op)
+        return found
+    if (op, implementation, why) not in _said:
+        _said.add((op, implementation, why))
+        warnings.warn(f"{op}: {implementation} is not used: {why}; torch runs instead", UserWarning, stacklevel=3)
+    return reference
+
+
+def missing(op: str, implementation: str, device: str) -> str | None:
+    """Return why `implementation` cannot run `op` on tensors of this device type, or None."""
+    if implementation == "cuda":
+        # without a GPU to measure on nobody can say where CUDA C++ beats the Triton kernel, so there is none
+        return "there are no CUDA C++ kernels; OFFRAMP_KERNELS=auto takes the Triton ones"
+    if op not in _stems("offramp.kernels.triton"):
+        return "it has no Triton kernel: it is made of torch operations alone"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; write: pip install triton"
+    from triton import knobs
+
+    if device != "cuda" and not (device == "cpu" and knobs.runtime.interpret):
+        return f"Triton does not compile for {device!r}; set TRITON_INTERPRET=1 to step through its kernels on the CPU"
+    return None
+
+
+def _stems(package: str) -> list[str]:
+    module = importlib.import_module(package)
+    found = pkgutil.iter_modules(module.__path__)
+    return sorted(m.name for m in found if not m.ispkg and not m.name.startswith("_"))

@@ -1,0 +1,44 @@
+"""Every implementation of an op on every test of it: torch, and Triton on a GPU or through its interpreter."""
+
+import importlib.util
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from offramp.kernels import _select
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are first imported
+
+#: unit roundoff of each type
+UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+@pytest.fixture(params=["torch", "triton"])
+def implementation(request, monkeypatch):
+    if request.param == "triton" and importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    monkeypatch.setenv("OFFRAMP_KERNELS", request.param)
+    # warnings are errors in tests: a kernel that quietly became the reference fails here, each time
+    monkeypatch.setattr(_select, "_said", set())
+    before = np.seterr(all="ignore")  # the interpreter computes with numpy, which warns of what a GPU takes for granted
+    yield request.param
+    np.seterr(**before)
+
+
+@pytest.fixture
+def device(implementation):
+    return "cuda" if GPU and implementation == "triton" else "cpu"
+
+
+@pytest.fixture(params=UNIT, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture
+def unit(dtype):
+    return UNIT[dtype]

@@ -1,0 +1,96 @@
+"""Which implementation runs, and what is said when it cannot."""
+
+import importlib
+import importlib.util
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import offramp
+from offramp.errors import UnknownName
+from offramp.kernels import _select
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch):
+    monkeypatch.setattr(_select, "_said", set())
+
+
+def call():
+    return offramp.kernels.head_stats(torch.ones(1, 2), torch.eye(2) * 3)
+
+
+def test_names_are_the_files():
+    assert offramp.names(offramp.kernels) == _select.ops()
+    wanted = {"head_stats", "subset_logits", "compact", "scatter", "fill_kv", "verify", "span_margin", "row_attention"}
+    assert wanted <= set(_select.ops())
+
+
+@pytest.mark.parametrize("op", _select.ops())
+def test_every_op_is_a_function_of_its_name_with_a_test(op):
+    module = importlib.import_module(f"offramp.kernels.{op}")
+    assert callable(getattr(module, op)) and getattr(module, op).__module__ == module.__name__
+    assert (HERE / f"test_{op}.py").is_file()
+
+
+@pytest.mark.parametrize("op", _select._stems("offramp.kernels.triton"))
+def test_every_triton_file_is_an_op_with_that_function(op):
+    pytest.importorskip("triton")
+    assert op in _select.ops()
+    assert callable(getattr(importlib.import_module(f"offramp.kernels.triton.{op}"), op))
+
+
+@pytest.mark.parametrize("mode", ["auto", "torch", None])
+def test_the_cpu_takes_torch_and_says_nothing(monkeypatch, mode):
+    monkeypatch.delenv("OFFRAMP_KERNELS", raising=False)
+    if mode:
+        monkeypatch.setenv("OFFRAMP_KERNELS", mode)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert call().first.item() == 3
+    assert not said
+
+
+@pytest.mark.parametrize(
+    ("mode", "absent", "reason"),
+    [
+        ("cuda", False, "there are no CUDA C[+][+] kernels"),
+        ("triton", True, "triton is not installed; write: pip install"),
+    ],
+)
+def test_what_is_missing_is_said_once_and_torch_runs(monkeypatch, mode, absent, reason):
+    monkeypatch.setenv("OFFRAMP_KERNELS", mode)
+    if absent:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match=f"head_stats: {mode} is not used: {reason}.*; torch runs instead"):
+        assert call().first.item() == 3
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert call().first.item() == 3
+    assert not said
+
+
+def test_triton_without_its_interpreter(monkeypatch):
+    knobs = pytest.importorskip("triton.knobs")
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    monkeypatch.setenv("OFFRAMP_KERNELS", "triton")
+    with pytest.warns(UserWarning, match="Triton does not compile for 'cpu'; set TRITON_INTERPRET=1"):
+        call()
+    assert "TRITON_INTERPRET=1" in offramp.kernels.available("head_stats")["triton"]
+
+
+def test_available():
+    found = offramp.kernels.available("halting")
+    assert found["torch"] is None and "no Triton kernel" in found["triton"] and "CUDA C++" in found["cuda"]
+    with pytest.raises(UnknownName, match="did you mean 'head_stats'"):
+        offramp.kernels.available("headstats")
+
+
+def test_an_unknown_mode(monkeypatch):
+    monkeypatch.setenv("OFFRAMP_KERNELS", "tritn")
+    with pytest.raises(UnknownName, match="OFFRAMP_KERNELS='tritn' is not known; did you mean 'triton'"):
+        call()

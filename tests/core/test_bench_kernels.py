@@ -1,0 +1,60 @@
+"""The benchmark of the kernels: its table, its files, and its words for what is not there."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from offramp import bench_kernels, cli
+from offramp.errors import UnknownName
+from offramp.kernels import ops
+
+
+def call(*words):
+    return CliRunner().invoke(cli.build(), ["bench", *map(str, words)], env={"COLUMNS": "200", "NO_COLOR": "1"})
+
+
+def test_every_case_is_of_an_op_and_every_way_computes():
+    assert set(bench_kernels.CASES) <= set(ops())
+    for cases in bench_kernels.CASES.values():
+        for case in cases(True, "cpu", False):
+            assert case.op in ops() and "kernel" in case.ways and len(case.ways) > 1 and case.moved > 0
+            for way in case.ways.values():
+                way()
+
+
+def test_the_ways_of_head_stats_say_the_same():
+    for case in bench_kernels.head_stats(True, "cpu", False):
+        found, (log_top, _, entropy) = case.ways["kernel"](), case.ways["softmax"]()
+        exact = 0.02 if case.dtype == torch.bfloat16 else 1e-4
+        torch.testing.assert_close(found.entropy, entropy, rtol=exact, atol=exact)
+        torch.testing.assert_close(found.first - found.logsumexp, log_top[:, 0], rtol=exact, atol=exact)
+        torch.testing.assert_close(case.ways["logsumexp"]()[2], entropy, rtol=exact, atol=exact)
+
+
+def test_results_are_kept_by_machine_and_date(tmp_path):
+    words = ("kernels", "--quick", "--repeats", 1, "--op", "compact")
+    done = call(*words, "--results", tmp_path, "--json", tmp_path / "a.json")
+    assert done.exit_code == 0, done.output
+    body = json.loads((tmp_path / "a.json").read_text())
+    row = body["rows"][0]
+    assert row["op"] == "compact" and row["speedup"] == pytest.approx(row["ms"]["mask"] / row["ms"]["kernel"])
+    assert body["copy_gb_per_s"] > 0.1 and body["threads"] == torch.get_num_threads() and row["shape"] in done.output
+    call("overhead", "--depth", 4, "--width", 16, "--repeats", 1, "--results", tmp_path)
+    (file,) = tmp_path.glob("*-cpu-*.json")
+    kept = json.loads(file.read_text())
+    assert set(kept) == {"kernels", "overhead"} and kept["kernels"] == body
+
+
+def test_turns_are_taken_and_the_first_is_not_counted():
+    order = []
+    ways = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    assert set(bench_kernels.seconds(ways, 2, "cpu")) == {"a", "b"} and order == ["a", "b"] * 3
+
+
+def test_what_does_not_exist_is_said():
+    with pytest.raises(UnknownName, match="did you mean 'compact'"):
+        bench_kernels.measure("compct", True, 1, "cpu", False, print)
+    if not torch.cuda.is_available():
+        assert "--device cuda is not on this machine; choose one of: cpu" in call("kernels", "--device", "cuda").output
