@@ -63,6 +63,8 @@ class Backbone(ABC):
     names: Sequence[str]
     #: whether `observe` can give whole sequences, as heads that mix need
     sequences: bool = False
+    #: whether calls carry a noise level, as those of denoisers do
+    timed: bool = False
 
     @property
     def depth(self) -> int:

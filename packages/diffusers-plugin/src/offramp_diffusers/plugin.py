@@ -9,9 +9,14 @@ from torch import nn
 from offramp._hookspecs import hookimpl
 from offramp._registry import add_folder
 from offramp.backbone import Backbone
+from offramp.errors import UnsupportedModel
 from offramp.head import ExitHead
+from offramp.policy import ExitPolicy
 
 add_folder(ExitHead, "offramp_diffusers.heads")
+add_folder(ExitPolicy, "offramp_diffusers.policies")
+#: where pipelines keep their denoiser; the first that is there
+PARTS = ("transformer", "unet", "prior")
 
 
 @hookimpl
@@ -19,9 +24,26 @@ def offramp_adapt(model: nn.Module) -> Backbone | None:
     """Claim models of diffusers and subclasses of them; raises `UnsupportedModel` for one that is not understood."""
     if not any(c.__module__.startswith("diffusers.models.") for c in type(model).__mro__):
         return None
-    from offramp_diffusers.backbones.dit import DitBackbone
+    from offramp_diffusers.backbones.transformer import TransformerBackbone
 
-    return DitBackbone(model)
+    return TransformerBackbone(model)
+
+
+@hookimpl
+def offramp_part(whole: object) -> nn.Module | None:
+    """Return the denoiser of a pipeline; raises `UnsupportedModel` where there is none, or two that take turns."""
+    if not any(c.__module__.startswith("diffusers.pipelines.") for c in type(whole).__mro__):
+        return None
+    kind = type(whole).__name__
+    if isinstance(getattr(whole, "transformer_2", None), nn.Module):
+        raise UnsupportedModel(
+            f"{kind} has two denoisers that take turns; say which: offramp.enable(pipe.transformer, ...), and "
+            f"offramp.enable(pipe.transformer_2, ...)"
+        )
+    found = next((m for n in PARTS if isinstance(m := getattr(whole, n, None), nn.Module)), None)
+    if found is None:
+        raise UnsupportedModel(f"{kind} has no denoiser under {', '.join(PARTS)}; give the model itself")
+    return found
 
 
 @hookimpl
