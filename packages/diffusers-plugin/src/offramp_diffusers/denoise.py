@@ -127,15 +127,15 @@ class Denoise:
         if not self.active:
             return call.run()
         stream = self.streams[index]
-        if self.stop is not None and index:
+        if not self.batch:  # not always block 0: skip-layer guidance may leave that one out
+            self.start(stream.read(call))
+        if self.stop is not None:
             if index < self.stop:
                 self.ran += self.batch
                 return call.run()
             if self.kept is None:
                 self.kept = stream.read(call)
             return stream.skip(call)
-        if index == 0:
-            self.start(stream.read(call))
         if index in self.leaving:
             self.leave(self.leaving.pop(index), stream.read(call))
         rows = self.rows

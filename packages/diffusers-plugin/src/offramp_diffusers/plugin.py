@@ -11,10 +11,12 @@ from offramp._registry import add_folder
 from offramp.backbone import Backbone
 from offramp.errors import UnsupportedModel
 from offramp.head import ExitHead
+from offramp.loss import Loss
 from offramp.policy import ExitPolicy
 
 add_folder(ExitHead, "offramp_diffusers.heads")
 add_folder(ExitPolicy, "offramp_diffusers.policies")
+add_folder(Loss, "offramp_diffusers.losses")
 #: where pipelines keep their denoiser; the first that is there
 PARTS = ("transformer", "unet", "prior")
 
