@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -110,3 +111,21 @@ def covered(outer: Any, mine: Any) -> bool:
         if outer is None:
             return False
     return False
+
+
+@contextmanager
+def first_block_cache(model: nn.Module, threshold: float) -> Iterator[None]:
+    """Run with diffusers' FirstBlockCache on a model while the context lasts, also on one without `enable_cache`."""
+    from diffusers.hooks import FirstBlockCacheConfig, HookRegistry, apply_first_block_cache
+    from diffusers.hooks.hooks import CacheContext, _set_cache_context
+
+    apply_first_block_cache(model, FirstBlockCacheConfig(threshold=threshold))
+    registry = HookRegistry.check_if_exists_or_initialize(model)
+    registry.invalidate_child_registries_cache()  # a list made before these hooks would leave them without a context
+    try:
+        _set_cache_context(model, CacheContext("sample"))
+        yield
+    finally:
+        for name in ("fbc_block_hook", "fbc_leader_block_hook"):
+            registry.remove_hook(name, recurse=True)
+        registry.invalidate_child_registries_cache()

@@ -33,7 +33,7 @@ def load() -> tuple[Tensor, Tensor]:
     return images, torch.tensor(found.target, dtype=torch.long)
 
 
-def make(depth: int = 10, width: int = 64) -> nn.Module:
+def make(depth: int = 8, width: int = 48) -> nn.Module:
     """Return a fresh DiT for 8 x 8 images of 10 classes: 16 tokens, `depth` blocks."""
     from diffusers import DiTTransformer2DModel
 

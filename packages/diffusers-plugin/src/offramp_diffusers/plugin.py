@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -13,6 +14,9 @@ from offramp.errors import UnsupportedModel
 from offramp.head import ExitHead
 from offramp.loss import Loss
 from offramp.policy import ExitPolicy
+
+if TYPE_CHECKING:
+    import typer
 
 add_folder(ExitHead, "offramp_diffusers.heads")
 add_folder(ExitPolicy, "offramp_diffusers.policies")
@@ -62,3 +66,11 @@ def offramp_watch(loaded: Callable[[nn.Module], None]) -> Callable[[], None]:
         watch.off()
 
     return undo
+
+
+@hookimpl
+def offramp_commands(app: typer.Typer) -> None:
+    """Add the commands for denoisers."""
+    from offramp_diffusers.commands import add
+
+    add(app)
