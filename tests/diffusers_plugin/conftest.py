@@ -114,7 +114,8 @@ def sana():
         sample_size=8,
     )  # fmt: skip
     return model, lambda b: {
-        "hidden_states": noise(b, 4, 8, 8), "encoder_hidden_states": noise(b, 5, 12), "timestep": torch.full((b,), 500.0)
+        "hidden_states": noise(b, 4, 8, 8), "encoder_hidden_states": noise(b, 5, 12),
+        "timestep": torch.full((b,), 500.0),
     }  # fmt: skip
 
 
@@ -153,8 +154,8 @@ def hunyuandit():
         activation_fn="gelu-approximate", use_style_cond_and_image_meta_size=False,
     )  # fmt: skip
     return model, lambda b: {
-        "hidden_states": noise(b, 4, 8, 8), "encoder_hidden_states": noise(b, 4, 16), "timestep": torch.full((b,), 500.0),
-        "encoder_hidden_states_t5": noise(b, 4, 16), "text_embedding_mask": torch.ones(b, 4),
+        "hidden_states": noise(b, 4, 8, 8), "encoder_hidden_states": noise(b, 4, 16),
+        "timestep": torch.full((b,), 500.0), "encoder_hidden_states_t5": noise(b, 4, 16), "text_embedding_mask": torch.ones(b, 4),
         "text_embedding_mask_t5": torch.ones(b, 4), "image_rotary_emb": (noise(16, 8), noise(16, 8)),
     }  # fmt: skip
 
@@ -183,7 +184,8 @@ def cogvideox():
         max_text_seq_length=8,
     )  # fmt: skip
     return model, lambda b: {
-        "hidden_states": noise(b, 2, 4, 8, 8), "encoder_hidden_states": noise(b, 8, 8), "timestep": torch.full((b,), 500)
+        "hidden_states": noise(b, 2, 4, 8, 8), "encoder_hidden_states": noise(b, 8, 8),
+        "timestep": torch.full((b,), 500),
     }  # fmt: skip
 
 

@@ -154,7 +154,7 @@ class SchedulePolicy(ExitPolicy):
 
     The blocks of a position must be among those of every earlier one: each block that runs then holds keys and values
     of all tokens before, and none is computed again or copied. A policy with `timed` goes by the noise level of a
-    denoiser's call instead, 0 (data) to 1000 (noise), and its one window starts at 0; no keys and values outlast a call.
+    denoiser's call instead, 0 (data) to 1000 (noise); its one window starts at 0, and no state outlasts a call.
     """
 
     #: whether positions are noise levels of denoisers, not generated tokens

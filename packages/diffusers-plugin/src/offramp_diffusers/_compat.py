@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from offramp.blocks import BlockHook
+
 #: where `ModelMixin` is made; `diffusers` itself is a lazy module that does not hold it yet when it is imported
 MODELS = "diffusers.models.modeling_utils"
 
@@ -96,10 +98,12 @@ def take_out(module: nn.Module, mine: Any, original: Any) -> bool:
 def covered(outer: Any, mine: Any) -> bool:
     """Whether a forward that stands on a module leads to ours, through diffusers' or accelerate's wrappers."""
     for _ in range(32):  # no chain of hooks is this long
+        while isinstance(hook := getattr(outer, "__self__", None), BlockHook) and outer != mine:
+            outer = hook.original  # of a capture or a window on top
         if outer == mine:
             return True
         registry = None
-        if (args := getattr(outer, "args", ())) and isinstance(args[0], nn.Module):  # functools.partial(forward, module)
+        if (args := getattr(outer, "args", ())) and isinstance(args[0], nn.Module):  # a partial of (module,)
             registry = args[0].__dict__.get("_diffusers_hook")
             inner = args[0].__dict__.get("_old_forward")
             if inner == mine:

@@ -35,9 +35,9 @@ THRESHOLD = 0.15
 class Plan:
     """How long each part takes. base, any_depth, last: training steps; rows: samples per way; solver: its steps."""
 
-    base: int = 1500
-    any_depth: int = 500
-    last: int = 500
+    base: int = 1200
+    any_depth: int = 400
+    last: int = 400
     rows: int = 400
     solver: int = 20
     judge: int = 600
@@ -80,8 +80,8 @@ class Study:
 
 def run(folder: Path, quick: bool, console: Console) -> dict[str, Any]:
     """Write report.json and report.html into `folder`, and return what the JSON holds."""
-    from offramp.cli import dump_json
     from offramp.checkpoint import write_text
+    from offramp.cli import dump_json
     from offramp_diffusers.page import html
 
     started, plan = time.perf_counter(), QUICK if quick else Plan()
@@ -123,7 +123,8 @@ def train(plan: Plan, console: Console) -> Study:
             tune(other, data, scheduler, fixed, steps=plan.last, lr=1e-3, seed=2, **common)  # type: ignore[arg-type]
         longer = copy.deepcopy(model)
         with step(console, "train the full model as much longer, so that training is not what is compared"):
-            tune(longer, data, scheduler, TimeSchedule((depth,)), steps=plan.any_depth + plan.last, lr=1e-3, seed=3, **common)  # type: ignore[arg-type]
+            more = plan.any_depth + plan.last
+            tune(longer, data, scheduler, TimeSchedule((depth,)), steps=more, lr=1e-3, seed=3, **common)  # type: ignore[arg-type]
     ways = [
         Way("full", longer),
         Way("early", tuned, fitted),

@@ -1,12 +1,13 @@
-"""The scheduled executor: how deep a call goes is known before it, or found on the way; the output layers read the rest.
+"""The scheduled executor: how deep a call goes is known before it, or found on the way.
 
-Hooks are offramp's own and not diffusers': those run the original's weights in a deep copy, and lose the hook above them
-when one is taken out of the middle. The hooks on the model itself are torch's, which lie outside `forward`, so nothing
+Hooks are offramp's own and not diffusers': those run the original's weights in a deep copy, and lose the hook above
+them when one is taken out of the middle. The hooks on the model itself are torch's, which lie outside `forward`, so nothing
 that replaces `forward` (accelerate's offloading does, after every call of a pipeline) can drop them.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from offramp.blocks import BlockHook, Call
 from offramp.engine import decide, look
 from offramp.errors import BadArgument
-from offramp.policy import SchedulePolicy, State
+from offramp.policy import Evidence, SchedulePolicy, State
 from offramp_diffusers import _compat
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ class Denoise:
         self.chain, self.streams, self.depth = backbone.chain(), backbone.streams, backbone.depth
         self.schedule = run.policy if isinstance(run.policy, SchedulePolicy) else None
         self.index = {} if self.schedule else {depth: i for i, depth in enumerate(run.exits.at)}
-        self.heads = run.exits.head == "bottleneck"
+        self.heads = run.exits.head in ("bottleneck", "upsample")
+        #: whether the policy asks heads how wrong the answer from here would be
+        self.estimates = "uncertainty" in run.policy.statistics()
         self.forget()
 
     def forget(self) -> None:
@@ -89,8 +92,8 @@ class Denoise:
             return
         self._check_hooks()
         self.active = True
-        if self.backbone.timed and (self.schedule is not None or self.index):
-            self.levels = self.backbone.noise(args, kwargs) if self.schedule is not None else None
+        if self.schedule is not None or self.estimates:
+            self.levels = self.backbone.noise(args, kwargs)
         if self.schedule is not None and self.levels is not None:
             depths = [self.schedule.windows(level, self.depth)[0][1] for level in self.levels.tolist()]
             if len(set(depths)) == 1:
@@ -166,6 +169,11 @@ class Denoise:
 
     def leave(self, rows: Tensor, hidden: Tensor) -> None:
         """Keep the state of rows that are done for the output layers."""
+        if rows.numel() != self.batch and self.backbone.uniform:
+            raise BadArgument(
+                f"rows of this call would leave at different blocks, and in {type(self.run.model).__name__} states of "
+                f"different blocks have different sizes; use a policy that treats all rows alike: time_schedule, fixed"
+            )
         if rows.numel() == self.batch:
             self.kept = hidden  # all at once: no copy
         else:
@@ -179,8 +187,12 @@ class Denoise:
     def exit(self, depth: int, hidden: Tensor) -> None:
         """Ask the policy at one exit; rows that stop leave before the next block."""
         run, rows = self.run, self.rows
-        pooled = self.backbone.pool(hidden if rows is None else hidden.index_select(0, rows))
-        seen = look(run, self.index[depth], pooled, self.previous)
+        states = hidden if rows is None else hidden.index_select(0, rows)
+        pooled = self.backbone.pool(states)
+        needs = run.policy.statistics() - {"uncertainty"}
+        seen = look(run, self.index[depth], pooled, self.previous, needs=needs)
+        if self.estimates:
+            seen = self.estimate(seen, states, rows)
         stop, self.state, finite = decide(run.policy, self.state, seen)
         self.previous = pooled if run.looks_back else None
         counts = torch.stack([stop.sum(), finite.numel() - finite.sum()]).tolist()  # the one host sync of an exit
@@ -193,6 +205,18 @@ class Denoise:
         self.state = {k: v[left] for k, v in self.state.items()}
         if self.previous is not None:
             self.previous = self.previous[left]
+
+    def estimate(self, seen: Evidence, states: Tensor, rows: Tensor | None) -> Evidence:
+        """Return the evidence with what the exit's head says of its own error."""
+        if self.levels is None or len(self.levels) not in (1, self.batch):
+            count = 0 if self.levels is None else len(self.levels)
+            raise BadArgument(
+                f"this call has {count} noise levels for a batch of {self.batch}; give one, or one per row"
+            )
+        levels = self.levels.expand(self.batch)
+        levels = levels if rows is None else levels[rows.cpu()]
+        head: Any = self.run.exits[seen.depth]
+        return replace(seen, stats={**seen.stats, "uncertainty": head.uncertainty(states, levels)})
 
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Let the output layers read the states that rows left with."""
@@ -210,7 +234,10 @@ class Denoise:
         """Send each row through the head of the exit it left at."""
         if self.stop is not None:
             return state if self.stop == self.depth else self.run.exits[self.stop](state)
-        for depth in self.depths.unique().tolist():
+        depths = self.depths.unique().tolist()
+        if len(depths) == 1:
+            return self.run.exits[depths[0]](state)
+        for depth in depths:
             if depth in self.run.exits.at:
                 rows = (self.depths == depth).nonzero().squeeze(-1).to(state.device)
                 state = state.index_copy(0, rows, self.run.exits[depth](state.index_select(0, rows)))

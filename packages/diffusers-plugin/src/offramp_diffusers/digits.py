@@ -42,7 +42,7 @@ def make(depth: int = 8, width: int = 48) -> nn.Module:
         sample_size=SIDE, patch_size=2, num_embeds_ada_norm=CLASSES,
     )  # fmt: skip
     for block in model.transformer_blocks:  # type: ignore[union-attr]
-        nn.init.zeros_(block.norm1.linear.weight)  # adaLN-zero: every block starts as the identity, as the DiT paper has
+        nn.init.zeros_(block.norm1.linear.weight)  # adaLN-zero: every block starts as the identity
         nn.init.zeros_(block.norm1.linear.bias)
     nn.init.zeros_(model.proj_out_2.weight)  # type: ignore[union-attr]
     return model

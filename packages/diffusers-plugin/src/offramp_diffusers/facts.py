@@ -83,6 +83,8 @@ MODELS: dict[str, ModelFacts] = {
     "LTXVideoTransformer3DModel": ModelFacts(_ONE),
     "Lumina2Transformer2DModel": ModelFacts(("layers",), full=1.0, rising=True),
     "AuraFlowTransformer2DModel": ModelFacts(("joint_transformer_blocks", "single_transformer_blocks"), full=1.0),
+    "UNet2DModel": ModelFacts(("down_blocks", "mid_block", "up_blocks"), reader="conv_norm_out"),
+    "UNet2DConditionModel": ModelFacts(("down_blocks", "mid_block", "up_blocks"), reader="conv_norm_out"),
     "UVit2DModel": ModelFacts(("transformer_layers",), reader="project_from_hidden_norm", time=None),
 }
 #: block classes that diffusers' own table lacks
@@ -118,7 +120,7 @@ def model_facts(model: nn.Module) -> ModelFacts:
             return MODELS[cls.__name__]
     kind, lists = type(model).__name__, [n for n, m in model.named_children() if isinstance(m, nn.ModuleList)]
     raise UnsupportedModel(
-        f"{kind} is a diffusers model that offramp has no facts about (its lists of modules: {', '.join(lists) or 'none'}"
+        f"{kind} is a diffusers model that offramp has no facts about (its lists: {', '.join(lists) or 'none'}"
         f"; known: {', '.join(sorted(MODELS))}); say how it is built: from offramp_diffusers.facts import ModelFacts, "
         f'declare; declare({kind}, ModelFacts(lists=("{(lists or ["blocks"])[0]}",), reader="norm_out"))'
     )

@@ -17,7 +17,7 @@ def visits(levels: Sequence[float], bins: int) -> list[int]:
     Raises `BadArgument` for levels outside 0 to 1000 and where there are none.
     """
     if bins < 1 or not len(levels) or any(not 0 <= level <= FULL for level in levels):
-        raise BadArgument(f"levels must be at least one noise level from 0 to {FULL:g}, and bins at least 1, not {bins}")
+        raise BadArgument(f"give at least one noise level, all from 0 to {FULL:g}, and bins at least 1, not {bins}")
     counts = [0] * bins
     for level in levels:
         counts[min(bins - 1, int(level / FULL * bins))] += 1
@@ -53,7 +53,8 @@ def fit_schedule(
     most = math.floor(budget * depth * sum(count) + 1e-9)
     if most < sum(count):
         raise BadArgument(
-            f"budget={budget} is {most} blocks for {sum(count)} steps, fewer than one each; give at least {1 / depth:.3g}"
+            f"budget={budget} is {most} blocks for {sum(count)} steps, fewer than one each; "
+            f"give at least {1 / depth:.3g}"
         )
     return TimeSchedule(tuple(_solve(table, count, share, most, monotone)))
 

@@ -52,8 +52,8 @@ def summary(body: Mapping[str, Any]) -> str:
     return (
         f"The fitted schedule runs {early['saved']:.1%} fewer blocks and is {early['speedup']:.2f}x as fast as the full "
         f"model; its Frechet distance is {early['frechet']:.3f} against {rows['full']['frechet']:.3f} "
-        f"({early['against_full']:+.1%}), mean of {len(early['frechet_by_seed'])} solvers with a seed each. The distance "
-        f"is taken in the features of a small classifier trained here, and is no ImageNet FID."
+        f"({early['against_full']:+.1%}), mean of {len(early['frechet_by_seed'])} solvers with a seed each. The "
+        f"distance is taken in the features of a small classifier trained here, and is no ImageNet FID."
     )
 
 
@@ -74,7 +74,8 @@ def _png(images: Tensor) -> str:
     height, width = images.shape[-2:]
     grey = ((images[: rows * ACROSS, 0].clamp(-1, 1) + 1) * 127.5).byte()
     sheet = grey.reshape(rows, ACROSS, height, width).permute(0, 2, 1, 3).reshape(rows * height, ACROSS * width)
-    picture = Image.fromarray(sheet.numpy()).resize((ACROSS * width * ZOOM, rows * height * ZOOM), Image.Resampling.NEAREST)
+    size = ACROSS * width * ZOOM, rows * height * ZOOM
+    picture = Image.fromarray(sheet.numpy()).resize(size, Image.Resampling.NEAREST)
     file = io.BytesIO()
     picture.save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
@@ -92,8 +93,8 @@ def _table(body: Mapping[str, Any]) -> str:
     return (
         f"<p>Means over DDIM, DPM-Solver++ and UniPC of {body['solver_steps']} steps, {body['samples']} samples each. "
         f"The classifier that gives distance and accuracy is right on {body['judge_accuracy']:.1%} of held-out digits. "
-        f'A cache counts as saving the blocks that it did not run.</p><div class="scroll"><table><thead><tr>{titles}</tr>'
-        f"</thead><tbody>{rows}</tbody></table></div>"
+        f'A cache counts as saving the blocks that it did not run.</p><div class="scroll"><table><thead><tr>{titles}'
+        f"</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
 
@@ -113,10 +114,11 @@ def _schedules(body: Mapping[str, Any]) -> str:
                 f'fill="#3b76c4"/><text x="{x + wide / 2:.1f}" y="{top + 84}" text-anchor="middle">{blocks}</text>'
             )
         top += 110
-    parts.append(f'<text x="{LEFT}" y="{top}">clean (0)</text><text x="{WIDTH}" y="{top}" text-anchor="end">noise (1000)')
+    parts.append(f'<text x="{LEFT}" y="{top}">clean (0)</text>')
+    parts.append(f'<text x="{WIDTH}" y="{top}" text-anchor="end">noise (1000)</text>')
     chart = f'<svg class="chart" viewBox="0 0 {WIDTH} {top + 8}" role="img"><title>Blocks by noise level</title>'
     said = f"<p>Blocks that run, of {depth}, in each bin of noise levels.</p>"
-    return f"{said}<figure>{chart}{''.join(parts)}</text></svg></figure>"
+    return f"{said}<figure>{chart}{''.join(parts)}</svg></figure>"
 
 
 def _errors(body: Mapping[str, Any]) -> str:

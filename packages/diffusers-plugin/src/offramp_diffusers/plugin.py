@@ -32,6 +32,10 @@ def offramp_adapt(model: nn.Module) -> Backbone | None:
         return None
     from offramp_diffusers.backbones.transformer import TransformerBackbone
 
+    if isinstance(getattr(model, "up_blocks", None), nn.ModuleList) and isinstance(model.down_blocks, nn.ModuleList):
+        from offramp_diffusers.backbones.unet import UNetBackbone
+
+        return UNetBackbone(model)
     return TransformerBackbone(model)
 
 

@@ -73,8 +73,7 @@ def tune(
     try:
         model.train()
         for step in track(range(steps), "tune", progress, steps):
-            rate = min(1.0, (step + 1) / max(1, steps // 20))
-            optimiser.param_groups[0]["lr"] = lr * rate
+            optimiser.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / max(1, steps // 20))
             plan, level = _draw(schedule, depth, generator)
             with enable(model, plan):
                 value = one_loss(model, data, scheduler, objective, level, batch_size, generator)
@@ -136,7 +135,7 @@ def noised(
         share = ((times + 1) / count).to(clean).view(-1, *[1] * (clean.dim() - 1))
         mixed, wanted = (1 - share) * clean + share * noise, noise - clean
     if wanted is None:
-        raise BadArgument(f"this scheduler predicts {kind!r}; known are epsilon, sample, v_prediction and flow matching")
+        raise BadArgument(f"this scheduler predicts {kind!r}; known: epsilon, sample, v_prediction, flow matching")
     facts = model_facts(model)
     told = times.float() / count
     told = 1 - told if facts.rising else told
@@ -207,9 +206,9 @@ def _check(model: Any, data: Mapping[str, Tensor], steps: int, ema: float) -> in
         raise NotAttached("tuning sets depths of its own; first: run.disable() and exits.detach()")
     backbone = adapt(model)
     if not backbone.timed:
-        raise UnsupportedModel(f"calls of {type(model).__name__} carry no noise level, so no schedule can be tuned for it")
+        raise UnsupportedModel(f"calls of {type(model).__name__} carry no noise level, so it can have no schedule")
     if not isinstance(data, Mapping) or not isinstance(data.get("sample"), Tensor) or not len(data["sample"]):
-        raise BadArgument('data must be {"sample": clean images [rows, ...], other arguments of the model: [rows, ...]}')
+        raise BadArgument('data must be {"sample": clean images [rows, ...], arguments of the model: [rows, ...]}')
     if odd := [k for k, v in data.items() if not isinstance(v, Tensor) or len(v) != len(data["sample"])]:
         raise BadArgument(f"data has {len(data['sample'])} samples, but {', '.join(odd)} is no tensor of as many rows")
     if steps < 1 or not 0 <= ema < 1:

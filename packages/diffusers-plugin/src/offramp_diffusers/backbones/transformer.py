@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,6 @@ from offramp_diffusers.facts import ModelFacts, Stream, argument, model_facts, n
 
 #: statistics of a prediction, and what is trained on them
 NOT_HERE = LOGITS | {"gate"}
-#: heads whose output is a state that the model's own output layers read
-HEADS = ("passthrough", "bottleneck")
 
 
 class Streams(Chain):
@@ -87,6 +85,11 @@ class Streams(Chain):
 
 class TransformerBackbone(Backbone):
     """A diffusers transformer: its blocks in the order they run, and the module that reads the state after them."""
+
+    #: heads whose output is a state that the model's own output layers read
+    heads: ClassVar[tuple[str, ...]] = ("passthrough", "bottleneck", "uncertainty")
+    #: whether all rows of a call must go equally deep
+    uniform: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model: nn.Module = model
@@ -166,10 +169,10 @@ class TransformerBackbone(Backbone):
         for name, plain in (("verify", False), ("draft", None), ("kv", "catch_up"), ("rollback", None)):
             if (given := getattr(run.options, name)) != plain:
                 raise BadArgument(f"{name}={given!r} is for models that generate tokens; {kind} does not: leave it out")
-        if run.exits.at and run.exits.head not in HEADS:
+        if run.exits.at and run.exits.head not in self.heads:
             raise BadArgument(
                 f"heads {run.exits.head!r} would not be used: at an exit of {kind} the model's own output layers read "
-                f'the state; attach with head="passthrough"'
+                f'the state; attach with head="{self.heads[0]}"'
             )
         if looks := _missing(run.policy):
             raise BadArgument(
@@ -177,7 +180,12 @@ class TransformerBackbone(Backbone):
                 f"none: it hands the state to the model's own output layers. Policies that work here: "
                 f"{', '.join(_fitting(run))}"
             )
-        if isinstance(run.policy, SchedulePolicy) and run.exits.head == "bottleneck":
+        if "uncertainty" in run.policy.statistics() and run.exits.head != "uncertainty":
+            raise BadArgument(
+                f"the policy asks the heads how wrong they are, and heads {run.exits.head!r} cannot say; attach "
+                f'head="uncertainty" and train them: offramp_diffusers.tune_heads.tune_uncertainty(model, data, scheduler)'
+            )
+        if isinstance(run.policy, SchedulePolicy) and (run.exits.head == "bottleneck" or self.uniform):
             asked = {run.policy.windows(float(level), self.depth)[0][1] for level in range(1001)} - {self.depth}
             if bare := sorted(asked - set(run.exits.at)):
                 raise BadArgument(

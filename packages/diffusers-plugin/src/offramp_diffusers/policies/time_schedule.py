@@ -98,7 +98,7 @@ class TimeSchedule(SchedulePolicy):
         if seen.position is None:
             raise BadArgument("time_schedule needs the noise level of every row, and this call has none")
         if any(isinstance(d, float) for d in self.depths):
-            raise BadArgument("time_schedule: fractions of a depth nobody gave; write the table in blocks: depths=[8, 4]")
+            raise BadArgument("time_schedule: fractions of an unknown depth; write the table in blocks: depths=[8, 4]")
         cuts = torch.tensor(self.cuts, device=seen.position.device)
         table = torch.tensor(self.depths, device=seen.position.device)
         return table[torch.bucketize(seen.position.float(), cuts, right=True)] <= seen.depth, state
