@@ -32,7 +32,7 @@ OPTIONS = {
     "at_least": {"inner": {"policy": "confidence", "threshold": 0.3}, "depth": 3},
     "tempered": {"inner": {"policy": "confidence", "threshold": 0.3}, "temperature": 1.5},
 }
-#: decaying looks at positions of a text, of which one call of a classifier has none; uncertainty asks heads of denoisers
+#: decaying looks at positions of a text, of which one call of a classifier has none; uncertainty is denoisers'
 NAMES = [
     n
     for n in offramp.names(ExitPolicy)

@@ -155,7 +155,8 @@ def hunyuandit():
     )  # fmt: skip
     return model, lambda b: {
         "hidden_states": noise(b, 4, 8, 8), "encoder_hidden_states": noise(b, 4, 16),
-        "timestep": torch.full((b,), 500.0), "encoder_hidden_states_t5": noise(b, 4, 16), "text_embedding_mask": torch.ones(b, 4),
+        "timestep": torch.full((b,), 500.0), "encoder_hidden_states_t5": noise(b, 4, 16),
+        "text_embedding_mask": torch.ones(b, 4),
         "text_embedding_mask_t5": torch.ones(b, 4), "image_rotary_emb": (noise(16, 8), noise(16, 8)),
     }  # fmt: skip
 

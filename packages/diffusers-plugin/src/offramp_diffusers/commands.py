@@ -1,4 +1,4 @@
-"""Commands for denoisers: `offramp demo diffusion`."""
+"""Commands for denoisers: `offramp demo diffusion` and `offramp bench diffusion`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ Quick = Annotated[bool, typer.Option("--quick", help="Seconds instead of minutes
 def add(app: typer.Typer) -> None:
     """Add the commands to the application."""
     group(app, "demo").command("diffusion")(demo_diffusion)
+    group(app, "bench").command("diffusion")(bench_diffusion)
 
 
 def demo_diffusion(folder: Folder = Path("demo"), quick: Quick = False, out: Json = None) -> None:
@@ -39,3 +40,21 @@ def table(body: dict[str, Any]) -> Table:
         numbers = f"{r['saved']:.1%}", f"{r['seconds']:.2f}", f"{r['speedup']:.2f}x", f"{r['frechet']:.3f}"
         out.add_row(escape(r["name"]), *numbers, f"{r['against_full']:+.1%}", f"{r['accuracy']:.1%}")
     return out
+
+
+def bench_diffusion(
+    shape: Annotated[list[str] | None, typer.Option(help="dit, pixart, sd3 or flux; repeat for several.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Calls of each way.")] = 9,
+    out: Json = None,
+) -> None:
+    """Measure what a skipped block costs, and how much of the ideal saving is realised."""
+    from offramp_diffusers.bench import run
+
+    body = run(tuple(shape or ()), rounds)
+    write_json(out, body)
+    shown = Table("shape", "block (ms)", "full (ms)", "early (ms)", "cut (ms)", "realised / ideal", "never / full")
+    for r in body["rows"]:
+        times = (f"{r[k]:.1f}" for k in ("block_ms", "full_ms", "early_ms", "short_ms"))
+        shown.add_row(r["name"], *times, f"{r['realised']:.3f}", f"{r['never']:.3f}")
+    console().print(shown)
+    console().print(f"a skipped block costs {body['overhead_us']:.1f} microseconds")

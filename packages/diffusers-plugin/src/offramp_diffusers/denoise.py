@@ -1,8 +1,8 @@
 """The scheduled executor: how deep a call goes is known before it, or found on the way.
 
 Hooks are offramp's own and not diffusers': those run the original's weights in a deep copy, and lose the hook above
-them when one is taken out of the middle. The hooks on the model itself are torch's, which lie outside `forward`, so nothing
-that replaces `forward` (accelerate's offloading does, after every call of a pipeline) can drop them.
+them when one is taken out of the middle. The hooks on the model itself are torch's, which lie outside `forward`, so
+nothing that replaces `forward` (accelerate's offloading does, after every call of a pipeline) can drop them.
 """
 
 from __future__ import annotations

@@ -194,8 +194,8 @@ class Stream:
         places = parameters(type(kind))
         if facts.argument not in places:
             raise UnsupportedModel(
-                f"{type(kind).__name__} takes no argument {facts.argument!r} (it takes {', '.join(places)}); declare it "
-                f"with BlockFacts(argument=...)"
+                f"{type(kind).__name__} takes no argument {facts.argument!r} (it takes {', '.join(places)}); "
+                f"declare it with BlockFacts(argument=...)"
             )
         return cls(facts, places[facts.argument], places.get(facts.text_argument, -1), tuple(places)[1:])
 

@@ -50,8 +50,8 @@ def summary(body: Mapping[str, Any]) -> str:
     rows = {row["name"]: row for row in body["ways"]}
     early = rows["early"]
     return (
-        f"The fitted schedule runs {early['saved']:.1%} fewer blocks and is {early['speedup']:.2f}x as fast as the full "
-        f"model; its Frechet distance is {early['frechet']:.3f} against {rows['full']['frechet']:.3f} "
+        f"The fitted schedule runs {early['saved']:.1%} fewer blocks and is {early['speedup']:.2f}x as fast as the "
+        f"full model; its Frechet distance is {early['frechet']:.3f} against {rows['full']['frechet']:.3f} "
         f"({early['against_full']:+.1%}), mean of {len(early['frechet_by_seed'])} solvers with a seed each. The "
         f"distance is taken in the features of a small classifier trained here, and is no ImageNet FID."
     )
@@ -93,7 +93,9 @@ def _table(body: Mapping[str, Any]) -> str:
     return (
         f"<p>Means over DDIM, DPM-Solver++ and UniPC of {body['solver_steps']} steps, {body['samples']} samples each. "
         f"The classifier that gives distance and accuracy is right on {body['judge_accuracy']:.1%} of held-out digits. "
-        f'A cache counts as saving the blocks that it did not run.</p><div class="scroll"><table><thead><tr>{titles}'
+        f'A cache counts as saving the blocks that it did not run; its '
+        f"threshold ({', '.join(f'{v:g}' for v in body['thresholds'].values())}) is the boldest that was as good as "
+        f'the full model on other noise, or the mildest tried.</p><div class="scroll"><table><thead><tr>{titles}'
         f"</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 

@@ -183,7 +183,7 @@ class TransformerBackbone(Backbone):
         if "uncertainty" in run.policy.statistics() and run.exits.head != "uncertainty":
             raise BadArgument(
                 f"the policy asks the heads how wrong they are, and heads {run.exits.head!r} cannot say; attach "
-                f'head="uncertainty" and train them: offramp_diffusers.tune_heads.tune_uncertainty(model, data, scheduler)'
+                f'head="uncertainty" and train them: offramp_diffusers.tune_heads.tune_uncertainty(model, ...)'
             )
         if isinstance(run.policy, SchedulePolicy) and (run.exits.head == "bottleneck" or self.uniform):
             asked = {run.policy.windows(float(level), self.depth)[0][1] for level in range(1001)} - {self.depth}
