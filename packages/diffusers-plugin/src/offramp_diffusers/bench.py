@@ -86,7 +86,7 @@ SHAPES: dict[str, Callable[[int, int, int], tuple[nn.Module, dict[str, Any]]]] =
 }
 
 
-def run(shapes: Sequence[str] = (), rounds: int = 9, width: int = 384, side: int = 32) -> dict[str, Any]:
+def run(shapes: Sequence[str] = (), rounds: int = 25, width: int = 384, side: int = 32) -> dict[str, Any]:
     """Return the JSON of the bench: one row per shape. Raises `BadArgument` for a shape that is not known."""
     chosen = list(shapes) or list(SHAPES)
     if unknown := [s for s in chosen if s not in SHAPES]:

@@ -44,7 +44,7 @@ def table(body: dict[str, Any]) -> Table:
 
 def bench_diffusion(
     shape: Annotated[list[str] | None, typer.Option(help="dit, pixart, sd3 or flux; repeat for several.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Calls of each way.")] = 9,
+    rounds: Annotated[int, typer.Option(min=1, help="Calls of each way.")] = 25,
     out: Json = None,
 ) -> None:
     """Measure what a skipped block costs, and how much of the ideal saving is realised."""
