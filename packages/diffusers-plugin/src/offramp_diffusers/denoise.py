@@ -236,7 +236,7 @@ class Denoise:
             return state if self.stop == self.depth else self.run.exits[self.stop](state)
         depths = self.depths.unique().tolist()
         if len(depths) == 1:
-            return self.run.exits[depths[0]](state)
+            return self.run.exits[depths[0]](state)  # type: ignore[no-any-return]
         for depth in depths:
             if depth in self.run.exits.at:
                 rows = (self.depths == depth).nonzero().squeeze(-1).to(state.device)

@@ -163,10 +163,14 @@ def noise_level(facts: ModelFacts, config: Any, given: Any) -> Tensor:
     return FULL - level if facts.rising else level
 
 
-@cache
-def parameters(cls: type) -> dict[str, int]:
-    """Return the place of every argument of the class's forward, `self` left out."""
-    return {name: place - 1 for place, name in enumerate(inspect.signature(cls.forward).parameters)}  # type: ignore[attr-defined]
+def parameters(cls: Any) -> dict[str, int]:
+    """Return the place of every argument of the class's forward; `self` has -1."""
+    return _places(cls)
+
+
+@cache  # asked at every call of a model, and a class's signature does not change
+def _places(cls: Any) -> dict[str, int]:
+    return {name: place - 1 for place, name in enumerate(inspect.signature(cls.forward).parameters)}
 
 
 def argument(name: str, cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

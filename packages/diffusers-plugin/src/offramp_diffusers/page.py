@@ -10,11 +10,14 @@ from importlib.resources import files
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 #: of the picture of schedules and of errors
 WIDTH, ROW, LEFT = 640, 26, 150
 #: samples per row of a grid, and how many pixels one of its pixels becomes
 ACROSS, ZOOM = 10, 4
+#: pixels of black around each sample: digits fill their 8 x 8 pixels
+GAP = 1
 
 
 def html(body: Mapping[str, Any], grids: Mapping[str, Tensor]) -> str:
@@ -70,7 +73,7 @@ def _png(images: Tensor) -> str:
     """Return a grid of images as base64 PNG."""
     from PIL import Image
 
-    rows = len(images) // ACROSS
+    images, rows = pad(images, (GAP, GAP, GAP, GAP), value=-1.0), len(images) // ACROSS
     height, width = images.shape[-2:]
     grey = ((images[: rows * ACROSS, 0].clamp(-1, 1) + 1) * 127.5).byte()
     sheet = grey.reshape(rows, ACROSS, height, width).permute(0, 2, 1, 3).reshape(rows * height, ACROSS * width)
