@@ -32,11 +32,11 @@ OPTIONS = {
     "at_least": {"inner": {"policy": "confidence", "threshold": 0.3}, "depth": 3},
     "tempered": {"inner": {"policy": "confidence", "threshold": 0.3}, "temperature": 1.5},
 }
-#: decaying looks at positions of a text, of which one call of a classifier has none
+#: decaying looks at positions of a text, of which one call of a classifier has none; uncertainty is denoisers'
 NAMES = [
     n
     for n in offramp.names(ExitPolicy)
-    if n != "decaying" and not issubclass(lookup(ExitPolicy, n), SchedulePolicy)
+    if n not in ("decaying", "uncertainty") and not issubclass(lookup(ExitPolicy, n), SchedulePolicy)
 ]
 
 @pytest.fixture(autouse=True)

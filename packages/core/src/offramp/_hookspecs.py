@@ -25,6 +25,13 @@ def offramp_adapt(model: nn.Module) -> Backbone | None:
     """
 
 
+@hookspec(firstresult=True)
+def offramp_part(whole: object) -> nn.Module | None:
+    """Return the part of a pipeline that exits act on, or None when it is not yours; raise `UnsupportedModel` when it
+    is yours and has none.
+    """
+
+
 @hookspec
 def offramp_commands(app: typer.Typer) -> None:
     """Add commands to the `offramp` command line."""

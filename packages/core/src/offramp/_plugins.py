@@ -78,5 +78,13 @@ def adapt(model: nn.Module, report: PluginReport | None = None) -> Backbone:
     )
 
 
+def part(model: Any) -> Any:
+    """Return the model itself, or the part of a pipeline that exits act on, as the plugin of its framework says."""
+    if isinstance(model, nn.Module):
+        return model
+    found = plugins().manager.hook.offramp_part(whole=model)
+    return model if found is None else found
+
+
 def _others(report: PluginReport, name: str) -> list[tuple[str, Any]]:
     return [(n, p) for n, p in report.manager.list_name_plugin() if n != name]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp import checkpoint
-from offramp._plugins import adapt, plugins
+from offramp._plugins import adapt, part, plugins
 from offramp._registry import lookup
 from offramp.backbone import Backbone, Observed, Tap
 from offramp.errors import BadArgument, DamagedFile, NotAttached, check_options
@@ -179,6 +179,7 @@ def attach(
     them. Heads and gate live at `model.exits`. Raises `UnsupportedModel`, `BadArgument`, `UnknownName`, `NotAttached`
     (already attached) and leaves the model unchanged then.
     """
+    model = part(model)
     if RECORD in model.__dict__:
         raise NotAttached(
             f"{type(model).__name__} already has exits at {list(find(model).at)}; first: exits.detach(), or "
@@ -244,6 +245,7 @@ def find(model: nn.Module, needed: bool = True) -> Exits:
     """Return the exits on `model`; without any, raises `NotAttached` with the line to write, or, where none are
     `needed`, returns `Exits` at no depth.
     """
+    model = part(model)
     exits = model.__dict__.get(RECORD)
     if exits is None and not needed:
         return Exits(model, adapt(model), (), "", {})
@@ -261,7 +263,7 @@ def load(model: nn.Module, source: str | Path) -> Exits:
     Checks format, digests, architecture, depth, width, vocabulary and every shape first; raises `DamagedFile` and
     leaves the model unchanged when anything differs.
     """
-    folder = Path(source)
+    model, folder = part(model), Path(source)
     if not folder.exists():
         folder = _download(str(source))
     body = checkpoint.read_index(folder)

@@ -69,6 +69,8 @@ class Backbone(ABC):
     sequences: bool = False
     #: whether more than `pool` runs between the last block and what the readout takes
     tail: bool = False
+    #: whether calls carry a noise level, as those of denoisers do
+    timed: bool = False
 
     @property
     def depth(self) -> int:

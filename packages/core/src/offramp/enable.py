@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offramp._plugins import part
 from offramp._registry import create, draft_from, lookup, policy_from
 from offramp.attach import RECORD, Exits, find, load
 from offramp.calibration import Calibration, promise_on
@@ -214,6 +215,7 @@ def enable(
     made on another model, heads or exits, without its certificate. Raises `NotAttached`, `BadArgument`, `UnknownName`;
     changes nothing then.
     """
+    model = part(model)
     if RUN in model.__dict__:
         raise NotAttached("a policy is already enabled on this model; first: run.disable()")
     if policy is None:

@@ -153,11 +153,15 @@ class SchedulePolicy(ExitPolicy):
     """A policy that says from the position alone which blocks run; decoded with kv="schedule", where no head is asked.
 
     The blocks of a position must be among those of every earlier one: each block that runs then holds keys and values
-    of all tokens before, and none is computed again or copied.
+    of all tokens before, and none is computed again or copied. A policy with `timed` goes by the noise level of a
+    denoiser's call instead, 0 (data) to 1000 (noise); its one window starts at 0, and no state outlasts a call.
     """
 
+    #: whether positions are noise levels of denoisers, not generated tokens
+    timed: ClassVar[bool] = False
+
     @abstractmethod
-    def windows(self, position: int, depth: int) -> tuple[tuple[int, int], ...]:
+    def windows(self, position: Any, depth: int) -> tuple[tuple[int, int], ...]:
         """Return the windows (start, stop) of blocks that run, shallow first, for generated token `position` (from 0)
         of a model of `depth` blocks; raises `BadArgument` when the model is too shallow."""
 

@@ -18,13 +18,21 @@ if TYPE_CHECKING:
 def check_schedule(exits: Exits, policy: ExitPolicy, options: Options) -> None:
     """Raise unless a schedule is decoded as one and fits the model, and every other policy has exits to decide at."""
     name = getattr(type(policy), "name", type(policy).__name__)
-    if isinstance(policy, SchedulePolicy):
+    timed = isinstance(policy, SchedulePolicy) and policy.timed
+    if timed and not exits.backbone.timed:
+        raise BadArgument(
+            f"{name} goes by the noise level, and calls of {type(exits.model).__name__} carry none; use a policy that "
+            f'needs none, e.g. offramp.enable(model, "fixed", depth=...)'
+        )
+    if isinstance(policy, SchedulePolicy) and not timed:
         if options.kv != "schedule" or options.verify:
             raise BadArgument(
                 f'{name} says which blocks run and asks no exit, so it needs kv="schedule" and no verify: '
                 f'offramp.enable(model, "{name}", ..., kv="schedule")'
             )
         policy.windows(0, exits.backbone.depth)  # raises where the model is too shallow
+    elif isinstance(policy, SchedulePolicy) and timed:
+        policy.windows(0.0, exits.backbone.depth)
     elif options.kv == "schedule":
         raise BadArgument(
             f'kv="schedule" is for a policy that fixes the blocks of every position (position_schedule); {name} '

@@ -1,13 +1,16 @@
-"""Everything that touches diffusers' own machinery: watching `from_pretrained`."""
+"""Everything that touches diffusers' own machinery: its table of blocks, its hooks, and `from_pretrained`."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 from torch import nn
+
+from offramp.blocks import BlockHook
 
 #: where `ModelMixin` is made; `diffusers` itself is a lazy module that does not hold it yet when it is imported
 MODELS = "diffusers.models.modeling_utils"
@@ -46,3 +49,87 @@ class Watch:
         if self.undo is not None:
             self.undo()
         self.undo = None
+
+
+def block_metadata(cls: type) -> tuple[int | None, int | None, str, str] | None:
+    """Return what diffusers' own table says of a block class: (place of the state in the returned tuple or None for a
+    bare tensor, place of the text or None, their argument names); None where it has no entry.
+    """
+    from diffusers.hooks._helpers import TransformerBlockRegistry
+
+    try:
+        found = TransformerBlockRegistry.get(cls)
+    except ValueError:  # "not registered"
+        return None
+    state, text = found.return_hidden_states_index, found.return_encoder_hidden_states_index
+    names = found.hidden_states_argument_name, found.encoder_hidden_states_argument_name
+    return (None if text is None else state), text, *names
+
+
+#: diffusers' caches by the names of their hooks on blocks, and what each of them would do to exits
+CACHES = {
+    "fbc_leader_block_hook": "FirstBlockCache",
+    "fbc_block_hook": "FirstBlockCache",
+    "mag_cache_leader_block_hook": "MagCache",
+    "mag_cache_block_hook": "MagCache",
+}
+
+
+def cached(block: nn.Module) -> str | None:
+    """Return which of diffusers' caches has a hook on this block that stands in for it, or None."""
+    registry = block.__dict__.get("_diffusers_hook")
+    return next((CACHES[n] for n in getattr(registry, "hooks", {}) if n in CACHES), None)
+
+
+def take_out(module: nn.Module, mine: Any, original: Any) -> bool:
+    """Take a forward out of the middle of diffusers' chain of hooks on a module; whether it was there.
+
+    Hooks that were registered on top of it keep running: they then call `original`.
+    """
+    found = False
+    for reference in getattr(module.__dict__.get("_diffusers_hook"), "_fn_refs", ()):
+        if reference.original_forward == mine:
+            reference.original_forward, found = original, True
+        if reference.forward == mine:
+            reference.forward, found = original, True
+    return found
+
+
+def covered(outer: Any, mine: Any) -> bool:
+    """Whether a forward that stands on a module leads to ours, through diffusers' or accelerate's wrappers."""
+    for _ in range(32):  # no chain of hooks is this long
+        while isinstance(hook := getattr(outer, "__self__", None), BlockHook) and outer != mine:
+            outer = hook.original  # of a capture or a window on top
+        if outer == mine:
+            return True
+        registry = None
+        if (args := getattr(outer, "args", ())) and isinstance(args[0], nn.Module):  # a partial of (module,)
+            registry = args[0].__dict__.get("_diffusers_hook")
+            inner = args[0].__dict__.get("_old_forward")
+            if inner == mine:
+                return True
+        for reference in getattr(registry, "_fn_refs", ()):
+            if mine in (reference.original_forward, reference.forward):
+                return True
+        outer = getattr(outer, "__wrapped__", None)
+        if outer is None:
+            return False
+    return False
+
+
+@contextmanager
+def first_block_cache(model: nn.Module, threshold: float) -> Iterator[None]:
+    """Run with diffusers' FirstBlockCache on a model while the context lasts, also on one without `enable_cache`."""
+    from diffusers.hooks import FirstBlockCacheConfig, HookRegistry, apply_first_block_cache
+    from diffusers.hooks.hooks import CacheContext, _set_cache_context
+
+    apply_first_block_cache(model, FirstBlockCacheConfig(threshold=threshold))
+    registry = HookRegistry.check_if_exists_or_initialize(model)
+    registry.invalidate_child_registries_cache()  # a list made before these hooks would leave them without a context
+    try:
+        _set_cache_context(model, CacheContext("sample"))
+        yield
+    finally:
+        for name in ("fbc_block_hook", "fbc_leader_block_hook"):
+            registry.remove_hook(name, recurse=True)
+        registry.invalidate_child_registries_cache()

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from offramp._hookspecs import hookimpl
 from offramp._registry import add_folder
 from offramp.backbone import Backbone
+from offramp.errors import UnsupportedModel
 from offramp.head import ExitHead
+from offramp.loss import Loss
+from offramp.policy import ExitPolicy
+
+if TYPE_CHECKING:
+    import typer
 
 add_folder(ExitHead, "offramp_diffusers.heads")
+add_folder(ExitPolicy, "offramp_diffusers.policies")
+add_folder(Loss, "offramp_diffusers.losses")
+#: where pipelines keep their denoiser; the first that is there
+PARTS = ("transformer", "unet", "prior")
 
 
 @hookimpl
@@ -19,9 +30,30 @@ def offramp_adapt(model: nn.Module) -> Backbone | None:
     """Claim models of diffusers and subclasses of them; raises `UnsupportedModel` for one that is not understood."""
     if not any(c.__module__.startswith("diffusers.models.") for c in type(model).__mro__):
         return None
-    from offramp_diffusers.backbones.dit import DitBackbone
+    from offramp_diffusers.backbones.transformer import TransformerBackbone
 
-    return DitBackbone(model)
+    if isinstance(getattr(model, "up_blocks", None), nn.ModuleList) and isinstance(model.down_blocks, nn.ModuleList):
+        from offramp_diffusers.backbones.unet import UNetBackbone
+
+        return UNetBackbone(model)
+    return TransformerBackbone(model)
+
+
+@hookimpl
+def offramp_part(whole: object) -> nn.Module | None:
+    """Return the denoiser of a pipeline; raises `UnsupportedModel` where there is none, or two that take turns."""
+    if not any(c.__module__.startswith("diffusers.pipelines.") for c in type(whole).__mro__):
+        return None
+    kind = type(whole).__name__
+    if isinstance(getattr(whole, "transformer_2", None), nn.Module):
+        raise UnsupportedModel(
+            f"{kind} has two denoisers that take turns; say which: offramp.enable(pipe.transformer, ...), and "
+            f"offramp.enable(pipe.transformer_2, ...)"
+        )
+    found = next((m for n in PARTS if isinstance(m := getattr(whole, n, None), nn.Module)), None)
+    if found is None:
+        raise UnsupportedModel(f"{kind} has no denoiser under {', '.join(PARTS)}; give the model itself")
+    return found
 
 
 @hookimpl
@@ -38,3 +70,11 @@ def offramp_watch(loaded: Callable[[nn.Module], None]) -> Callable[[], None]:
         watch.off()
 
     return undo
+
+
+@hookimpl
+def offramp_commands(app: typer.Typer) -> None:
+    """Add the commands for denoisers."""
+    from offramp_diffusers.commands import add
+
+    add(app)

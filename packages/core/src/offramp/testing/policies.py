@@ -60,6 +60,7 @@ def random_evidence(depths: Sequence[int], classes: int, rows: int, seed: int = 
         if index:
             stats["cosine"] = cosine(hidden, previous)
         stats["gate"] = stats["top1"] * torch.rand(rows, generator=chance)
+        stats["uncertainty"] = hidden[:, -1].sigmoid()
         for place, name in enumerate(names(ExitGate)):  # what gates say is a probability that follows from the state
             stats[lookup(ExitGate, name).statistic] = hidden[:, place % 8].sigmoid()
         previous, last = hidden, index == len(depths) - 1

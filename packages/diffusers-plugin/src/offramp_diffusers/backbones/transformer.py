@@ -1,0 +1,267 @@
+"""Every diffusion transformer of diffusers that there are facts about: one stream or two, one list of blocks or two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from offramp._registry import lookup, names
+from offramp.backbone import Backbone, Observed, Tap, Undo
+from offramp.blocks import BlockSpec, Call, Chain
+from offramp.enable import Run, paused
+from offramp.engine import LOGITS
+from offramp.errors import BadArgument, UnsupportedModel
+from offramp.gating import gate_of
+from offramp.head import HeadContext
+from offramp.policy import ExitPolicy, SchedulePolicy
+from offramp_diffusers import _compat
+from offramp_diffusers.denoise import Denoise
+from offramp_diffusers.facts import ModelFacts, Stream, argument, model_facts, noise_level
+
+#: statistics of a prediction, and what is trained on them
+NOT_HERE = LOGITS | {"gate"}
+
+
+class Streams(Chain):
+    """The blocks of one or several lists, each with its own facts about where the state stands."""
+
+    def __init__(self, blocks: Sequence[nn.Module], streams: Sequence[Stream]) -> None:
+        super().__init__(blocks, BlockSpec(streams[0].facts.argument, streams[0].place))
+        self.streams = list(streams)
+
+    @contextmanager
+    def capture(self, depths: Sequence[int], calls: list[Call] | None = None) -> Iterator[dict[int, Tensor]]:
+        """Keep the hidden state after each of `depths` blocks (0 = into the first) while the context lasts."""
+        kept: dict[int, Tensor] = {}
+
+        def handler(index: int, call: Call) -> Any:
+            if calls is not None:
+                calls.append(call)
+            if index == 0 and 0 in depths:
+                kept[0] = self.streams[0].read(call)
+            output = call.run()
+            if index + 1 in depths:
+                kept[index + 1] = self.streams[index].facts.state_of(output)
+            return output
+
+        undo = self.install(handler)
+        try:
+            yield kept
+        finally:
+            undo()
+
+    @contextmanager
+    def window(self, start: int, stop: int, hidden: Tensor | None = None) -> Iterator[dict[str, Tensor]]:
+        """Run only blocks start < i <= stop while the context lasts, from `hidden`; the last state is kept as
+        "hidden". The text's state goes past blocks that do not run: of models with two streams, only windows from 0 on
+        are what the whole model does.
+        """
+        if not 0 <= start <= stop <= len(self.blocks):
+            raise BadArgument(
+                f"window({start}, {stop}) is outside the model: give 0 <= start <= stop <= {len(self.blocks)}"
+            )
+        kept: dict[str, Tensor] = {}
+
+        def handler(index: int, call: Call) -> Any:
+            stream = self.streams[index]
+            if not start <= index < stop:
+                if index + 1 == start and hidden is not None:
+                    return stream.facts.pack(hidden, stream.text(call))
+                return stream.skip(call)
+            output = call.run() if index != start or hidden is None else stream.run(call, hidden)
+            kept["hidden"] = stream.facts.state_of(output)
+            return output
+
+        undo = self.install(handler)
+        try:
+            yield kept
+        finally:
+            undo()
+
+
+class TransformerBackbone(Backbone):
+    """A diffusers transformer: its blocks in the order they run, and the module that reads the state after them."""
+
+    #: heads whose output is a state that the model's own output layers read
+    heads: ClassVar[tuple[str, ...]] = ("passthrough", "bottleneck", "uncertainty")
+    #: whether all rows of a call must go equally deep
+    uniform: ClassVar[bool] = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: nn.Module = model
+        self.facts: ModelFacts = model_facts(model)
+        children, kind = dict(model.named_children()), type(model).__name__
+        self.names: list[str] = []
+        for name in self.facts.lists:
+            if not isinstance(children.get(name), nn.ModuleList):
+                raise UnsupportedModel(f"{kind} should have its blocks in `{name}`; its parts: {', '.join(children)}")
+            self.names += [f"{name}.{i}" for i in range(len(children[name]))]  # type: ignore[arg-type]
+        if not isinstance(children.get(self.facts.reader), nn.Module):
+            raise UnsupportedModel(
+                f"{kind} has no `{self.facts.reader}` that reads the state after its blocks (its parts: "
+                f"{', '.join(children)}); say which part does: declare({kind}, ModelFacts(lists=..., reader=...))"
+            )
+        if len(self.names) < 2:
+            raise UnsupportedModel(f"{kind} has {len(self.names)} block, so there is no place for an exit")
+        self.streams = [Stream.of(block) for block in self.blocks()]
+        self.width = _width(model)
+        #: whether calls carry a noise level that a schedule can go by
+        self.timed = self.facts.time is not None
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the blocks as they stand on the model now."""
+        return [block for name in self.facts.lists for block in getattr(self.model, name)]
+
+    def reader(self) -> nn.Module:
+        """Return the module that reads the state after the last block."""
+        return getattr(self.model, self.facts.reader)  # type: ignore[no-any-return]
+
+    def taps(self) -> Sequence[Tap]:
+        """Return one tap after every block."""
+        return [Tap(name, i + 1, self.width, "batch token width") for i, name in enumerate(self.names)]
+
+    def context(self) -> HeadContext:
+        """Return a readout that hands on the state: the output layers need the noise level, so they are not copied."""
+        return HeadContext(_Conditioned(type(self.model).__name__), nn.Identity(), _same, self.width, self.width)
+
+    def chain(self) -> Chain:
+        """Return the blocks, each with its facts."""
+        return Streams(self.blocks(), self.streams)
+
+    def pool(self, hidden: Tensor) -> Tensor:
+        """Return each image's whole state as one row: [batch, token, width] -> [batch, token * width]."""
+        return hidden.flatten(1)
+
+    def call(self, batch: Any) -> Any:
+        """Run the model on a mapping of its own arguments."""
+        if not isinstance(batch, Mapping):
+            raise BadArgument(
+                f"a batch for {type(self.model).__name__} is a mapping of its own arguments, e.g. "
+                f'{{"hidden_states": latents, "timestep": t}}; got {type(batch).__name__}'
+            )
+        return self.model(**batch)
+
+    def observe(self, batch: Any, depths: Sequence[int], whole: bool = False) -> Observed:
+        """Return the states at `depths` and at the end, one row per token; `sample` says of which image it is."""
+        with paused(self.model), self.chain().capture([*depths, self.depth]) as kept:
+            self.call(batch)
+        images, tokens, _ = kept[self.depth].shape
+        rows = [kept[d].flatten(0, 1) for d in (*depths, self.depth)]
+        return Observed(rows[:-1], rows[-1], sample=torch.arange(images).repeat_interleave(tokens))
+
+    def noise(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return the noise levels [rows or 1], 0 to 1000, of a call with these arguments; raises `BadArgument`."""
+        given = argument(str(self.facts.time), type(self.model), args, kwargs)
+        if given is None:
+            raise BadArgument(
+                f"this call of {type(self.model).__name__} has no `{self.facts.time}`, and the schedule goes by it; "
+                f'pass it, or use a policy that does not: offramp.enable(model, "fixed", depth=...)'
+            )
+        return noise_level(self.facts, getattr(self.model, "config", {}), given)
+
+    def drive(self, run: Run) -> Undo:
+        """Let the state skip the remaining blocks; raises `BadArgument` for what a denoiser cannot do."""
+        kind = type(self.model).__name__
+        for name, plain in (("verify", False), ("draft", None), ("kv", "catch_up"), ("rollback", None)):
+            if (given := getattr(run.options, name)) != plain:
+                raise BadArgument(f"{name}={given!r} is for models that generate tokens; {kind} does not: leave it out")
+        if run.exits.at and run.exits.head not in self.heads:
+            raise BadArgument(
+                f"heads {run.exits.head!r} would not be used: at an exit of {kind} the model's own output layers read "
+                f'the state; attach with head="{self.heads[0]}"'
+            )
+        if looks := _missing(run.policy):
+            raise BadArgument(
+                f"{type(run.policy).__name__} looks at {', '.join(looks)} of a prediction, and an exit of {kind} has "
+                f"none: it hands the state to the model's own output layers. Policies that work here: "
+                f"{', '.join(_fitting(run))}"
+            )
+        if "uncertainty" in run.policy.statistics() and run.exits.head != "uncertainty":
+            raise BadArgument(
+                f"the policy asks the heads how wrong they are, and heads {run.exits.head!r} cannot say; attach "
+                f'head="uncertainty" and train them: offramp_diffusers.tune_heads.tune_uncertainty(model, ...)'
+            )
+        if isinstance(run.policy, SchedulePolicy) and (run.exits.head == "bottleneck" or self.uniform):
+            asked = {run.policy.windows(float(level), self.depth)[0][1] for level in range(1001)} - {self.depth}
+            if bare := sorted(asked - set(run.exits.at)):
+                raise BadArgument(
+                    f"the schedule stops at {bare}, where no head was attached (exits at {list(run.exits.at)}); attach "
+                    f"one at each of its depths"
+                )
+        for block in self.blocks():
+            if (cache := _compat.cached(block)) is not None:
+                raise BadArgument(
+                    f"{cache} is on {kind} already, and exits around it would keep it from ever seeing its last block: "
+                    f"its residuals would be stale. Put it on top instead: model.disable_cache(), then "
+                    f"offramp.enable(...), then model.enable_cache(...)"
+                )
+        return Denoise(run, self).install()
+
+    def flag(self) -> Mapping[str, Any] | None:
+        """Return the dict under `early_exit` in the component's config, or None."""
+        config = getattr(self.model, "config", None)
+        found = config.get("early_exit") if isinstance(config, Mapping) else None
+        return found if isinstance(found, Mapping) else None
+
+
+class _Conditioned(nn.Module):
+    """Stands where other models have a norm of the state alone; a head that wants it is told why there is none."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def _refuse(self) -> BadArgument:
+        return BadArgument(
+            f"this head starts from the model's own norm and projection, and those of {self.kind} also take the "
+            f"timestep: there is no prediction from the state alone. At an exit the state goes on to the model's own "
+            f'output layers: offramp.attach(model, at=[...], head="passthrough")'
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        raise self._refuse()
+
+    def forward(self, state: Tensor) -> Tensor:
+        """Return the state itself: what readers of the last state get where no head is asked."""
+        return state
+
+
+def _same(state: Tensor) -> Tensor:
+    return state
+
+
+def _fitting(run: Run) -> list[str]:
+    """Return the names of the policies that look at no prediction, as they are by default."""
+    found = []
+    for name in names(ExitPolicy):
+        try:
+            example = lookup(ExitPolicy, name).example(run.exits.at, 0)
+        except (BadArgument, TypeError):  # a third party's policy that cannot be made from nothing
+            continue
+        if not _missing(example) and not (isinstance(example, SchedulePolicy) and not example.timed):
+            found.append(name)
+    return found
+
+
+def _missing(policy: ExitPolicy) -> list[str]:
+    """Return what a policy looks at that exits here do not have."""
+    return sorted(s for s in policy.statistics() if s in NOT_HERE or gate_of(s))
+
+
+def _width(model: Any) -> int:
+    """Return the width of the state; raises `UnsupportedModel` where neither model nor config says it."""
+    config = getattr(model, "config", {})
+    for found in (getattr(model, "inner_dim", None), config.get("hidden_size")):
+        if isinstance(found, int):
+            return found
+    try:
+        return int(config["num_attention_heads"] * config["attention_head_dim"])
+    except (KeyError, TypeError):
+        raise UnsupportedModel(
+            f"{type(model).__name__} does not say how wide its state is: no `inner_dim`, and no hidden_size or "
+            f"num_attention_heads and attention_head_dim in its config"
+        ) from None

@@ -1,0 +1,163 @@
+"""`offramp bench diffusion`: what skipping costs itself, and how much of the ideal saving is saved, by shape."""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from offramp.enable import enable
+from offramp.errors import BadArgument
+from offramp_diffusers.facts import model_facts
+from offramp_diffusers.policies.time_schedule import TimeSchedule
+
+#: blocks of every shape, and after how many it leaves
+DEPTH, STOP = 6, 3
+
+
+def _dit(width: int, side: int, depth: int) -> tuple[nn.Module, dict[str, Any]]:
+    from diffusers import DiTTransformer2DModel
+
+    model = DiTTransformer2DModel(
+        num_attention_heads=width // 64, attention_head_dim=64, in_channels=4, num_layers=depth, sample_size=side,
+        patch_size=2, num_embeds_ada_norm=1000,
+    )  # fmt: skip
+    return model, {
+        "hidden_states": torch.randn(1, 4, side, side), "timestep": torch.tensor([900]),
+        "class_labels": torch.tensor([1]),
+    }  # fmt: skip
+
+
+def _pixart(width: int, side: int, depth: int) -> tuple[nn.Module, dict[str, Any]]:
+    from diffusers import PixArtTransformer2DModel
+
+    model = PixArtTransformer2DModel(
+        num_attention_heads=width // 64, attention_head_dim=64, in_channels=4, out_channels=8, num_layers=depth,
+        sample_size=side, patch_size=2, cross_attention_dim=width, caption_channels=64, use_additional_conditions=False,
+    )  # fmt: skip
+    return model, {
+        "hidden_states": torch.randn(1, 4, side, side), "encoder_hidden_states": torch.randn(1, 16, 64),
+        "timestep": torch.tensor([900]), "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }  # fmt: skip
+
+
+def _sd3(width: int, side: int, depth: int) -> tuple[nn.Module, dict[str, Any]]:
+    from diffusers import SD3Transformer2DModel
+
+    model = SD3Transformer2DModel(
+        sample_size=side, patch_size=2, in_channels=4, num_layers=depth, attention_head_dim=64,
+        num_attention_heads=width // 64, joint_attention_dim=64, caption_projection_dim=width,
+        pooled_projection_dim=64, out_channels=4, pos_embed_max_size=side,
+    )  # fmt: skip
+    return model, {
+        "hidden_states": torch.randn(1, 4, side, side), "encoder_hidden_states": torch.randn(1, 16, 64),
+        "pooled_projections": torch.randn(1, 64), "timestep": torch.tensor([900.0]),
+    }  # fmt: skip
+
+
+def _flux(width: int, side: int, depth: int) -> tuple[nn.Module, dict[str, Any]]:
+    from diffusers import FluxTransformer2DModel
+
+    model = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=depth // 3, num_single_layers=depth - depth // 3,
+        attention_head_dim=64, num_attention_heads=width // 64, joint_attention_dim=64, pooled_projection_dim=64,
+        axes_dims_rope=(16, 24, 24),
+    )  # fmt: skip
+    tokens = (side // 2) ** 2
+    return model, {
+        "hidden_states": torch.randn(1, tokens, 16), "encoder_hidden_states": torch.randn(1, 16, 64),
+        "pooled_projections": torch.randn(1, 64), "timestep": torch.tensor([0.9]), "img_ids": torch.zeros(tokens, 3),
+        "txt_ids": torch.zeros(16, 3),
+    }  # fmt: skip
+
+
+SHAPES: dict[str, Callable[[int, int, int], tuple[nn.Module, dict[str, Any]]]] = {
+    "dit": _dit,
+    "pixart": _pixart,
+    "sd3": _sd3,
+    "flux": _flux,
+}
+
+
+def run(shapes: Sequence[str] = (), rounds: int = 25, width: int = 384, side: int = 32) -> dict[str, Any]:
+    """Return the JSON of the bench: one row per shape. Raises `BadArgument` for a shape that is not known."""
+    chosen = list(shapes) or list(SHAPES)
+    if unknown := [s for s in chosen if s not in SHAPES]:
+        raise BadArgument(f"no shape is called {', '.join(unknown)}; known: {', '.join(SHAPES)}")
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        rows = [{"name": name, **realised(name, rounds, width, side)} for name in chosen]
+        overhead = skip_cost(rounds)
+    return {
+        "format": 1,
+        "command": "offramp bench diffusion",
+        "machine": f"{os.cpu_count()} cores, CPU ({platform.machine()}), {torch.get_num_threads()} threads",
+        "date": time.strftime("%Y-%m-%d"),
+        "overhead_us": overhead,
+        "rows": rows,
+    }
+
+
+def realised(name: str, rounds: int, width: int, side: int) -> dict[str, float]:
+    """Return seconds of the full, the early and the shortened model, and realised / ideal.
+
+    Ideal is what a model whose lists hold only the first STOP blocks saves. All ways run in turns.
+    """
+    model, given = SHAPES[name](width, side, DEPTH)
+    model.eval()
+    short = cut(model, STOP)
+    early, never = TimeSchedule((STOP,)), TimeSchedule((1.0,))
+
+    def ask(policy: TimeSchedule) -> float:
+        with enable(model, policy):
+            return clock(model, given)
+
+    found: dict[str, list[float]] = {"full": [], "early": [], "short": [], "never": []}
+    for _ in range(rounds + 1):
+        found["full"].append(clock(model, given))
+        found["early"].append(ask(early))
+        found["short"].append(clock(short, given))
+        found["never"].append(ask(never))
+    # the first round warms up; minima, because what else runs on a machine only ever adds
+    full, quick, bare, idle = (min(found[n][1:]) for n in ("full", "early", "short", "never"))
+    return {
+        "full_ms": full * 1e3, "early_ms": quick * 1e3, "short_ms": bare * 1e3, "block_ms": (full - bare) * 1e3 / STOP,
+        "realised": (full - quick) / (full - bare), "never": idle / full,
+    }  # fmt: skip
+
+
+def skip_cost(rounds: int) -> float:
+    """Return microseconds that one skipped block costs: a narrow model of many blocks against a short one."""
+    depth, stop = 60, 2
+    model, given = _dit(64, 8, depth)
+    model.eval()
+    short = cut(model, stop)
+    differences = []
+    with enable(model, TimeSchedule((stop,))):
+        for _ in range(20 * rounds):
+            differences.append(clock(model, given) - clock(short, given))
+    return statistics.median(differences) / (depth - stop) * 1e6
+
+
+def clock(model: nn.Module, given: dict[str, Any]) -> float:
+    """Return the seconds of one call."""
+    started = time.perf_counter()
+    model(**given)
+    return time.perf_counter() - started
+
+
+def cut(model: nn.Module, depth: int) -> nn.Module:
+    """Return a copy whose lists of blocks hold only the first `depth` blocks."""
+    short = copy.deepcopy(model)
+    for name in model_facts(model).lists:
+        blocks = list(getattr(short, name))
+        setattr(short, name, nn.ModuleList(blocks[: max(0, depth)]))
+        depth -= len(blocks)
+    return short

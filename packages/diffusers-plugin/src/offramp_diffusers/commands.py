@@ -1,0 +1,60 @@
+"""Commands for denoisers: `offramp demo diffusion` and `offramp bench diffusion`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from offramp.cli import Json, console, group, write_json
+
+Folder = Annotated[Path, typer.Option("--out", help="Folder of the report.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Seconds instead of minutes; the numbers mean nothing.")]
+
+
+def add(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    group(app, "demo").command("diffusion")(demo_diffusion)
+    group(app, "bench").command("diffusion")(bench_diffusion)
+
+
+def demo_diffusion(folder: Folder = Path("demo"), quick: Quick = False, out: Json = None) -> None:
+    """Train a small DiT on digits, fit a schedule of depths, and sample with fewer blocks."""
+    from offramp_diffusers.demo import run
+    from offramp_diffusers.page import summary
+
+    body = run(folder, quick, console())
+    write_json(out, body)
+    console().print(table(body))
+    console().print(escape(summary(body)), soft_wrap=True)
+    console().print(f"wrote {escape(str(folder / 'report.html'))} in {body['seconds']:.0f} s", soft_wrap=True)
+
+
+def table(body: dict[str, Any]) -> Table:
+    """Return the ways as a table for the terminal."""
+    out = Table("way", "blocks saved", "seconds", "speed", "Frechet", "against full", "class accuracy")
+    for r in body["ways"]:
+        numbers = f"{r['saved']:.1%}", f"{r['seconds']:.2f}", f"{r['speedup']:.2f}x", f"{r['frechet']:.3f}"
+        out.add_row(escape(r["name"]), *numbers, f"{r['against_full']:+.1%}", f"{r['accuracy']:.1%}")
+    return out
+
+
+def bench_diffusion(
+    shape: Annotated[list[str] | None, typer.Option(help="dit, pixart, sd3 or flux; repeat for several.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Calls of each way.")] = 25,
+    out: Json = None,
+) -> None:
+    """Measure what a skipped block costs, and how much of the ideal saving is realised."""
+    from offramp_diffusers.bench import run
+
+    body = run(tuple(shape or ()), rounds)
+    write_json(out, body)
+    shown = Table("shape", "block (ms)", "full (ms)", "early (ms)", "cut (ms)", "realised / ideal", "never / full")
+    for r in body["rows"]:
+        times = (f"{r[k]:.1f}" for k in ("block_ms", "full_ms", "early_ms", "short_ms"))
+        shown.add_row(r["name"], *times, f"{r['realised']:.3f}", f"{r['never']:.3f}")
+    console().print(shown)
+    console().print(f"a skipped block costs {body['overhead_us']:.1f} microseconds")

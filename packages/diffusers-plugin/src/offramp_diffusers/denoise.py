@@ -1,0 +1,244 @@
+"""The scheduled executor: how deep a call goes is known before it, or found on the way.
+
+Hooks are offramp's own and not diffusers': those run the original's weights in a deep copy, and lose the hook above
+them when one is taken out of the middle. The hooks on the model itself are torch's, which lie outside `forward`, so
+nothing that replaces `forward` (accelerate's offloading does, after every call of a pipeline) can drop them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.blocks import BlockHook, Call
+from offramp.engine import decide, look
+from offramp.errors import BadArgument
+from offramp.policy import Evidence, SchedulePolicy, State
+from offramp_diffusers import _compat
+
+if TYPE_CHECKING:
+    from offramp.backbone import Undo
+    from offramp.enable import Run
+    from offramp_diffusers.backbones.transformer import TransformerBackbone
+
+
+class Denoise:
+    """Drives one call of the user's own denoiser; bound methods are hooked in, so a deep copy of the model works too.
+
+    Rows that are done stay where they are, and later blocks run on the others alone. What the output layers read of a
+    row is what came into the first block that it did not run: with whatever the model adds between blocks (ControlNet)
+    up to there, and nothing of what it adds after.
+    """
+
+    def __init__(self, run: Run, backbone: TransformerBackbone) -> None:
+        self.run, self.backbone = run, backbone
+        self.chain, self.streams, self.depth = backbone.chain(), backbone.streams, backbone.depth
+        self.schedule = run.policy if isinstance(run.policy, SchedulePolicy) else None
+        self.index = {} if self.schedule else {depth: i for i, depth in enumerate(run.exits.at)}
+        self.heads = run.exits.head in ("bottleneck", "upsample")
+        #: whether the policy asks heads how wrong the answer from here would be
+        self.estimates = "uncertainty" in run.policy.statistics()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop everything that belongs to one call."""
+        self.active = False
+        self.batch = self.ran = 0
+        #: depth of the whole batch, where it is one and known before; of every row, where they differ or are found
+        self.stop: int | None = None
+        self.depths = torch.empty(0, dtype=torch.long)
+        self.levels: Tensor | None = None
+        #: rows that go on, None for all of them; rows that leave before a block, by its index
+        self.rows: Tensor | None = None
+        self.leaving: dict[int, Tensor] = {}
+        #: what the output layers are to read of rows that left
+        self.kept: Tensor | None = None
+        self.state: State = {}
+        self.previous: Tensor | None = None
+
+    def install(self) -> Undo:
+        """Hook blocks, the model's call and its reader; returns the exact undo."""
+        model = self.run.model
+        self.removes: list[Undo] = [self.chain.install(self.block)]
+        self.mine: list[BlockHook] = list(self.chain.hooks)
+        handles = [
+            model.register_forward_pre_hook(self.begin, with_kwargs=True),
+            model.register_forward_hook(self.end, always_call=True),
+            self.backbone.reader().register_forward_pre_hook(self.read, with_kwargs=True),
+        ]
+        self.removes += [handle.remove for handle in handles]
+        return self.uninstall
+
+    def uninstall(self) -> None:
+        """Remove every hook, last one first; hooks that others put on top of ours stay."""
+        tops: list[tuple[nn.Module, Any]] = []
+        for hook in self.mine:
+            now = hook.module.__dict__.get("forward")
+            if now != hook.forward and _compat.take_out(hook.module, hook.forward, hook.original):
+                tops.append((hook.module, now))
+        while self.removes:
+            self.removes.pop()()
+        for module, forward in tops:
+            module.__dict__["forward"] = forward
+
+    def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Forget an earlier call, also one that raised, and find out how deep this one goes."""
+        self.chain.reset()
+        self.forget()
+        if self.run.paused:
+            return
+        self._check_hooks()
+        self.active = True
+        if self.schedule is not None or self.estimates:
+            self.levels = self.backbone.noise(args, kwargs)
+        if self.schedule is not None and self.levels is not None:
+            depths = [self.schedule.windows(level, self.depth)[0][1] for level in self.levels.tolist()]
+            if len(set(depths)) == 1:
+                self.stop = depths[0]
+            else:
+                self.depths = torch.tensor(depths)
+
+    def _check_hooks(self) -> None:
+        """Raise where another library took our hooks off the blocks: the full model would run, and nobody would know.
+        """
+        for hook in self.mine[:1] + self.mine[-1:]:
+            now = hook.module.__dict__.get("forward")
+            if now is None or (now != hook.forward and not _compat.covered(now, hook.forward)):
+                raise BadArgument(
+                    "another library took offramp's hooks off the blocks of this model after offramp.enable; enable "
+                    "once more: run.disable(); offramp.enable(...)"
+                )
+
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Count the rows of a call that went through; one that raised has no output."""
+        if output is not None and self.active and self.batch:
+            stats = self.run.stats
+            stats.blocks_run += self.ran
+            depths = self.depths if self.stop is None else torch.full((self.batch,), self.stop)
+            stats.last_depths = depths.cpu()
+            stats.count(stats.last_depths)
+            stats.blocks_full += self.batch * self.depth
+        self.forget()
+
+    def block(self, index: int, call: Call) -> Any:
+        """Run one block on the rows that are left, or hand on what came in."""
+        if index == 0 and self.batch:
+            self.forget()  # of a call that Ctrl-C ended: torch runs no hook then
+        if not self.active:
+            return call.run()
+        stream = self.streams[index]
+        if not self.batch:  # not always block 0: skip-layer guidance may leave that one out
+            self.start(stream.read(call))
+        if self.stop is not None:
+            if index < self.stop:
+                self.ran += self.batch
+                return call.run()
+            if self.kept is None:
+                self.kept = stream.read(call)
+            return stream.skip(call)
+        if index in self.leaving:
+            self.leave(self.leaving.pop(index), stream.read(call))
+        rows = self.rows
+        if rows is not None and not rows.numel():
+            return stream.skip(call)
+        output = call.run() if rows is None else stream.run_rows(call, rows)
+        self.ran += self.batch if rows is None else rows.numel()
+        if index + 1 in self.index:
+            self.exit(index + 1, stream.facts.state_of(output))
+        return output
+
+    def start(self, hidden: Tensor) -> None:
+        """Begin a batch: every row is in; rows whose depth is known leave before the block after it."""
+        self.batch = hidden.shape[0]
+        if self.stop is not None:
+            return
+        if self.schedule is None:
+            self.depths = torch.full((self.batch,), self.depth, dtype=torch.long)
+            self.state = self.run.policy.start(self.batch, hidden.device)
+            return
+        if len(self.depths) != self.batch:
+            raise BadArgument(
+                f"this call has {len(self.depths)} noise levels for a batch of {self.batch}; give one, or one per row"
+            )
+        for depth in self.depths.unique().tolist():
+            if depth < self.depth:
+                self.leaving[depth] = (self.depths == depth).nonzero().squeeze(-1).to(hidden.device)
+
+    def leave(self, rows: Tensor, hidden: Tensor) -> None:
+        """Keep the state of rows that are done for the output layers."""
+        if rows.numel() != self.batch and self.backbone.uniform:
+            raise BadArgument(
+                f"rows of this call would leave at different blocks, and in {type(self.run.model).__name__} states of "
+                f"different blocks have different sizes; use a policy that treats all rows alike: time_schedule, fixed"
+            )
+        if rows.numel() == self.batch:
+            self.kept = hidden  # all at once: no copy
+        else:
+            self.kept = torch.zeros_like(hidden) if self.kept is None or self.kept.shape != hidden.shape else self.kept
+            self.kept = self.kept.index_copy(0, rows, hidden.index_select(0, rows))
+        on = torch.ones(self.batch, dtype=torch.bool, device=hidden.device)
+        if self.rows is not None:
+            on = torch.zeros_like(on).index_fill(0, self.rows, True)
+        self.rows = on.index_fill(0, rows, False).nonzero().squeeze(-1)
+
+    def exit(self, depth: int, hidden: Tensor) -> None:
+        """Ask the policy at one exit; rows that stop leave before the next block."""
+        run, rows = self.run, self.rows
+        states = hidden if rows is None else hidden.index_select(0, rows)
+        pooled = self.backbone.pool(states)
+        needs = run.policy.statistics() - {"uncertainty"}
+        seen = look(run, self.index[depth], pooled, self.previous, needs=needs)
+        if self.estimates:
+            seen = self.estimate(seen, states, rows)
+        stop, self.state, finite = decide(run.policy, self.state, seen)
+        self.previous = pooled if run.looks_back else None
+        counts = torch.stack([stop.sum(), finite.numel() - finite.sum()]).tolist()  # the one host sync of an exit
+        run.stats.nonfinite += counts[1]
+        if not counts[0]:
+            return
+        gone, left = stop.nonzero().squeeze(-1), (~stop).nonzero().squeeze(-1)
+        self.leaving[depth] = gone if rows is None else rows[gone]
+        self.depths[self.leaving[depth].cpu()] = depth
+        self.state = {k: v[left] for k, v in self.state.items()}
+        if self.previous is not None:
+            self.previous = self.previous[left]
+
+    def estimate(self, seen: Evidence, states: Tensor, rows: Tensor | None) -> Evidence:
+        """Return the evidence with what the exit's head says of its own error."""
+        if self.levels is None or len(self.levels) not in (1, self.batch):
+            count = 0 if self.levels is None else len(self.levels)
+            raise BadArgument(
+                f"this call has {count} noise levels for a batch of {self.batch}; give one, or one per row"
+            )
+        levels = self.levels.expand(self.batch)
+        levels = levels if rows is None else levels[rows.cpu()]
+        head: Any = self.run.exits[seen.depth]
+        return replace(seen, stats={**seen.stats, "uncertainty": head.uncertainty(states, levels)})
+
+    def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let the output layers read the states that rows left with."""
+        if self.kept is None or not args or self.kept.shape != args[0].shape:  # a model that cut its text off since
+            return None
+        given: Tensor = args[0]
+        state = self.kept.to(given.dtype)
+        if self.heads:
+            state = self._through_heads(state)
+        if self.rows is not None and self.rows.numel():
+            state = state.index_copy(0, self.rows, given.index_select(0, self.rows))
+        return (state, *args[1:]), kwargs
+
+    def _through_heads(self, state: Tensor) -> Tensor:
+        """Send each row through the head of the exit it left at."""
+        if self.stop is not None:
+            return state if self.stop == self.depth else self.run.exits[self.stop](state)
+        depths = self.depths.unique().tolist()
+        if len(depths) == 1:
+            return self.run.exits[depths[0]](state)  # type: ignore[no-any-return]
+        for depth in depths:
+            if depth in self.run.exits.at:
+                rows = (self.depths == depth).nonzero().squeeze(-1).to(state.device)
+                state = state.index_copy(0, rows, self.run.exits[depth](state.index_select(0, rows)))
+        return state

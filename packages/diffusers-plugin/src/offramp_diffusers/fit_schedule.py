@@ -1,0 +1,80 @@
+"""Choose the depth of every bin of noise levels for a budget of blocks, exactly, from measured errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from offramp.errors import BadArgument
+from offramp_diffusers.policies.time_schedule import FULL, TimeSchedule
+
+
+def visits(levels: Sequence[float], bins: int) -> list[int]:
+    """Return how many of a solver's steps, at these noise levels, fall into each of `bins` equal bins.
+
+    Raises `BadArgument` for levels outside 0 to 1000 and where there are none.
+    """
+    if bins < 1 or not len(levels) or any(not 0 <= level <= FULL for level in levels):
+        raise BadArgument(f"give at least one noise level, all from 0 to {FULL:g}, and bins at least 1, not {bins}")
+    counts = [0] * bins
+    for level in levels:
+        counts[min(bins - 1, int(level / FULL * bins))] += 1
+    return counts
+
+
+def fit_schedule(
+    errors: Tensor,
+    budget: float,
+    *,
+    steps: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
+    monotone: bool = False,
+) -> TimeSchedule:
+    """Return the time_schedule with the least total error whose steps run at most `budget` of the model's blocks.
+
+    errors: [bins, depths], how wrong each depth from 1 to the full one is in each bin of noise levels, clean images
+    first, as `offramp_diffusers.tune.errors` measures them; budget: share of the blocks, above 0 and up to 1; steps:
+    how many of the solver's steps fall into each bin (`visits`), None for as many in each; weights: how much a bin's
+    error counts, None for as much as its steps; monotone: never deeper for more noise. Exact: a table over blocks spent
+    (dynamic programming), bins * depths^2 * steps entries. Raises `BadArgument` where nothing fits the budget.
+    """
+    table = errors.detach().double().cpu().tolist() if isinstance(errors, Tensor) and errors.dim() == 2 else []
+    if not table or not table[0] or not all(math.isfinite(e) for row in table for e in row):
+        raise BadArgument("errors must be a finite tensor [bins, depths], as offramp_diffusers.tune.errors returns it")
+    bins, depth = len(table), len(table[0])
+    count = [1] * bins if steps is None else list(steps)
+    share = [float(c) for c in count] if weights is None else list(weights)
+    if len(count) != bins or len(share) != bins or min(count) < 0 or not sum(count) or min(share) < 0:
+        raise BadArgument(f"steps and weights need one number from 0 on for each of the {bins} bins")
+    if not 0 < budget <= 1:
+        raise BadArgument(f"budget={budget!r} is the share of blocks that may run: above 0 and up to 1")
+    most = math.floor(budget * depth * sum(count) + 1e-9)
+    if most < sum(count):
+        raise BadArgument(
+            f"budget={budget} is {most} blocks for {sum(count)} steps, fewer than one each; "
+            f"give at least {1 / depth:.3g}"
+        )
+    return TimeSchedule(tuple(_solve(table, count, share, most, monotone)))
+
+
+def _solve(
+    table: Sequence[Sequence[float]], count: Sequence[int], share: Sequence[float], most: int, monotone: bool
+) -> list[int]:
+    """Return the depths [bins]. best[spent, last]: least error from the clean end on, and the depths that reach it."""
+    depth = len(table[0])
+    best: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {(0, depth): (0.0, ())}
+    for row, steps, weight in zip(table, count, share, strict=True):
+        found: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {}
+        for (spent, last), (error, path) in best.items():
+            for k in range(1, (last if monotone else depth) + 1):
+                total = spent + steps * k
+                if total > most:
+                    break
+                key = (total, k if monotone else depth)
+                reached = (error + weight * row[k - 1], (*path, k))
+                if key not in found or reached < found[key]:
+                    found[key] = reached
+        best = found
+    return list(min(best.values())[1])

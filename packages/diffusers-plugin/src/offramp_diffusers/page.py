@@ -1,0 +1,143 @@
+"""The page of a diffusion run: samples side by side, depth by noise level, errors by depth, and the table."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+#: of the picture of schedules and of errors
+WIDTH, ROW, LEFT = 640, 26, 150
+#: samples per row of a grid, and how many pixels one of its pixels becomes
+ACROSS, ZOOM = 10, 4
+#: pixels of black around each sample: digits fill their 8 x 8 pixels
+GAP = 1
+
+
+def html(body: Mapping[str, Any], grids: Mapping[str, Tensor]) -> str:
+    """Return one self-contained page: no network, no script. grids: images [n, 1, h, w] from -1 to 1, by way."""
+    style = files("offramp.report").joinpath("style.css").read_text(encoding="utf-8")
+    grid = (
+        ".grids{display:grid;grid-template-columns:repeat(auto-fit,minmax(18rem,1fr));gap:1rem}"
+        ".grids img{width:100%;max-width:26rem;image-rendering:pixelated}"
+        ".scroll{overflow-x:auto}.chart text{fill:currentColor;font-size:12px}"
+    )
+    sections = (
+        ("samples", "Samples", _samples(grids)),
+        ("table", "Quality and time", _table(body)),
+        ("schedule", "Depth by noise level", _schedules(body)),
+        ("errors", "Errors by depth", _errors(body)),
+    )
+    parts = "".join(f'<section id="{n}"><h2>{escape(h)}</h2>{c}</section>' for n, h, c in sections)
+    origin = " · ".join(
+        f"{escape(name)}: {escape(str(body[key]))}"
+        for name, key in (("Command", "command"), ("Model", "model"), ("Machine", "machine"), ("Date", "date"))
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" '
+        f'content="light dark"><title>{escape(body["title"])}</title><style>{style}{grid}</style></head><body><main>'
+        f"<header><h1>{escape(body['title'])}</h1><p>{escape(summary(body))}</p></header>{parts}"
+        f"<footer><p>{origin}</p></footer></main></body></html>\n"
+    )
+
+
+def summary(body: Mapping[str, Any]) -> str:
+    """Return what came out, in two sentences."""
+    rows = {row["name"]: row for row in body["ways"]}
+    early = rows["early"]
+    return (
+        f"The fitted schedule runs {early['saved']:.1%} fewer blocks and is {early['speedup']:.2f}x as fast as the "
+        f"full model; its Frechet distance is {early['frechet']:.3f} against {rows['full']['frechet']:.3f} "
+        f"({early['against_full']:+.1%}), mean of {len(early['frechet_by_seed'])} solvers with a seed each. The "
+        f"distance is taken in the features of a small classifier trained here, and is no ImageNet FID."
+    )
+
+
+def _samples(grids: Mapping[str, Tensor]) -> str:
+    figures = "".join(
+        f'<figure><img alt="Samples of {escape(name)}" src="data:image/png;base64,{_png(images)}">'
+        f"<figcaption>{escape(name)}</figcaption></figure>"
+        for name, images in grids.items()
+    )
+    return f'<p>The same noise, the classes 0 to 9 in turn; DDIM.</p><div class="grids">{figures}</div>'
+
+
+def _png(images: Tensor) -> str:
+    """Return a grid of images as base64 PNG."""
+    from PIL import Image
+
+    images, rows = pad(images, (GAP, GAP, GAP, GAP), value=-1.0), len(images) // ACROSS
+    height, width = images.shape[-2:]
+    grey = ((images[: rows * ACROSS, 0].clamp(-1, 1) + 1) * 127.5).byte()
+    sheet = grey.reshape(rows, ACROSS, height, width).permute(0, 2, 1, 3).reshape(rows * height, ACROSS * width)
+    size = ACROSS * width * ZOOM, rows * height * ZOOM
+    picture = Image.fromarray(sheet.numpy()).resize(size, Image.Resampling.NEAREST)
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _table(body: Mapping[str, Any]) -> str:
+    head = ("way", "blocks saved", "seconds", "speed", "Frechet distance", "against full", "class accuracy")
+    rows = "".join(
+        f'<tr><th scope="row">{escape(r["name"])}</th><td>{r["saved"]:.1%}</td><td>{r["seconds"]:.2f}</td>'
+        f"<td>{r['speedup']:.2f}x</td><td>{r['frechet']:.3f}</td><td>{r['against_full']:+.1%}</td>"
+        f"<td>{r['accuracy']:.1%}</td></tr>"
+        for r in body["ways"]
+    )
+    titles = "".join(f'<th scope="col">{escape(h)}</th>' for h in head)
+    return (
+        f"<p>Means over DDIM, DPM-Solver++ and UniPC of {body['solver_steps']} steps, {body['samples']} samples each. "
+        f"The classifier that gives distance and accuracy is right on {body['judge_accuracy']:.1%} of held-out digits. "
+        f'A cache counts as saving the blocks that it did not run; its '
+        f"threshold ({', '.join(f'{v:g}' for v in body['thresholds'].values())}) is the boldest that was as good as "
+        f'the full model on other noise, or the mildest tried.</p><div class="scroll"><table><thead><tr>{titles}'
+        f"</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _schedules(body: Mapping[str, Any]) -> str:
+    depth = len(body["errors"][0])
+    names = [n for n in body["schedules"] if n in ("early", "two_stage")]
+    parts, top = [], 20
+    for name in names:
+        parts.append(f'<text x="0" y="{top + 42}">{escape(name)}</text>')
+        cuts = [0.0, *body["cuts"][name], 1000.0]
+        for low, high, given in zip(cuts[:-1], cuts[1:], body["schedules"][name], strict=True):
+            blocks = given if isinstance(given, int) else max(1, round(given * depth))
+            x, wide = LEFT + low / 1000 * (WIDTH - LEFT), (high - low) / 1000 * (WIDTH - LEFT)
+            tall = 70 * blocks / depth
+            parts.append(
+                f'<rect x="{x + 1:.1f}" y="{top + 70 - tall:.1f}" width="{wide - 2:.1f}" height="{tall:.1f}" '
+                f'fill="#3b76c4"/><text x="{x + wide / 2:.1f}" y="{top + 84}" text-anchor="middle">{blocks}</text>'
+            )
+        top += 110
+    parts.append(f'<text x="{LEFT}" y="{top}">clean (0)</text>')
+    parts.append(f'<text x="{WIDTH}" y="{top}" text-anchor="end">noise (1000)</text>')
+    chart = f'<svg class="chart" viewBox="0 0 {WIDTH} {top + 8}" role="img"><title>Blocks by noise level</title>'
+    said = f"<p>Blocks that run, of {depth}, in each bin of noise levels.</p>"
+    return f"{said}<figure>{chart}{''.join(parts)}</svg></figure>"
+
+
+def _errors(body: Mapping[str, Any]) -> str:
+    table: Sequence[Sequence[float]] = body["errors"]
+    depth, bins = len(table[0]), len(table)
+    titles = "".join(f'<th scope="col">{k}</th>' for k in range(1, depth + 1))
+    rows = "".join(
+        f'<tr><th scope="row">{1000 * b // bins} to {1000 * (b + 1) // bins}</th>'
+        + "".join(f"<td>{e:.4f}</td>" for e in row)
+        + "</tr>"
+        for b, row in enumerate(table)
+    )
+    return (
+        "<p>Mean squared error of the predicted noise after each number of blocks, before the last tuning: what the "
+        f'schedule was solved from.</p><div class="scroll"><table><thead><tr><th scope="col">noise level</th>{titles}'
+        f"</tr></thead><tbody>{rows}</tbody></table></div>"
+    )

@@ -1,0 +1,1 @@
+"""Policies over noise levels, one file each; the file's name is the policy's name."""

@@ -1,0 +1,148 @@
+"""A U-Net leaves on its way up: later up blocks do not run, and a trained map brings the state to the output layers."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
+
+import offramp
+from offramp.errors import BadArgument
+from offramp_diffusers.tune_heads import tune_heads
+
+
+def shake(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * 0.1)
+    return model.eval()
+
+
+def plain():
+    model = UNet2DModel(
+        sample_size=16, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 16, 24),
+        norm_num_groups=4, down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"), attention_head_dim=4,
+    )  # fmt: skip
+    return shake(model), {"sample": torch.randn(2, 3, 16, 16), "timestep": torch.tensor([900, 900])}
+
+
+def conditioned():
+    model = UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
+        norm_num_groups=4, cross_attention_dim=12, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    given = {"sample": torch.randn(2, 4, 16, 16), "timestep": 900, "encoder_hidden_states": torch.randn(2, 5, 12)}
+    return shake(model), given
+
+
+@pytest.fixture(params=[plain, conditioned])
+def unet(request):
+    torch.manual_seed(0)
+    return request.param()
+
+
+def said(model, batch):
+    with torch.no_grad():
+        return model(**batch).sample
+
+
+def depths(model):
+    """Depths at which an exit can be."""
+    first = len(model.down_blocks) + 2
+    return range(first, first + len(model.up_blocks) - 1)
+
+
+@pytest.mark.parametrize("way", ["fixed", "time_schedule"])
+def test_later_up_blocks_do_not_run_and_the_head_is_asked(way, unet, marks):
+    model, batch = unet
+    before, full = marks(model), said(model, batch)
+    for depth in depths(model):
+        exits = offramp.attach(model, at=[depth], head="upsample")
+        with torch.no_grad():
+            exits[depth].map.weight.normal_()
+        ran, states = [], []
+        handles = []
+        for i, block in enumerate(model.up_blocks):
+            handles.append(block.resnets[0].register_forward_hook(lambda *_, i=i, ran=ran: ran.append(i)))
+        index = depth - len(model.down_blocks) - 2
+        look = lambda _, args, out, states=states: states.append(out)  # noqa: E731
+        handles.append(model.conv_norm_out.register_forward_hook(look))
+        options = {"depth": depth} if way == "fixed" else {"depths": (depth,)}
+        with offramp.enable(model, way, **options) as run:
+            out = said(model, batch)
+        for handle in handles:
+            handle.remove()
+        assert ran == list(range(index + 1)) and out.shape == full.shape
+        assert states[0].shape == (2, model.conv_norm_out.num_channels, 16, 16)
+        assert (run.stats.blocks_run, run.stats.blocks_full) == (2 * depth, 2 * exits.backbone.depth)
+        exits.detach()
+    assert torch.equal(said(model, batch), full) and marks(model) == before
+
+
+def test_the_answer_is_that_of_a_model_cut_by_hand(unet):
+    model, batch = unet
+    depth = depths(model)[-1]
+    exits = offramp.attach(model, at=[depth], head="upsample")
+    with torch.no_grad():
+        exits[depth].map.weight.normal_()
+    with offramp.enable(model, "time_schedule", depths=(depth,)):
+        got = said(model, batch)
+    head = copy.deepcopy(exits[depth])
+    exits.detach()
+    model.up_blocks[-1].forward = lambda *args, **kwargs: head(kwargs["hidden_states"] if kwargs else args[0])
+    assert torch.equal(said(model, batch), got)
+
+
+def test_never_and_a_schedule_that_runs_everything_change_nothing(unet):
+    model, batch = unet
+    full, depth = said(model, batch), depths(model)[0]
+    with offramp.attach(model, at=[depth], head="upsample"):
+        with offramp.enable(model, "never"):
+            assert torch.equal(said(model, batch), full)
+        with offramp.enable(model, "time_schedule", depths=(depth, 1.0), edges=(500.0,)):
+            assert torch.equal(said(model, batch), full)
+
+
+def test_heads_are_trained_and_the_model_is_not(unet):
+    model, batch = unet
+    before = copy.deepcopy(model.state_dict())
+    exits = offramp.attach(model, at=[depths(model)[-1]], head="upsample")
+    data = {"sample": torch.ones(16, *batch["sample"].shape[1:])}
+    if "encoder_hidden_states" in batch:
+        data["encoder_hidden_states"] = torch.randn(16, 5, 12)
+    report = tune_heads(model, data, DDPMScheduler(prediction_type="sample"), steps=80, lr=3e-2, progress=False)
+    # a shaken model's output layers can say little else than they do, but what they say does not depend on chance
+    assert max(report.losses[-10:]) < report.losses[0] - 0.01
+    exits.detach()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_places_without_an_exit_are_refused(unet):
+    model, batch = unet
+    with pytest.raises(BadArgument, match="stands after an up block of a U-Net, and depth 1 is down_blocks.0"):
+        offramp.attach(model, at=[1], head="upsample")
+    depth = depths(model)[0]
+    offramp.attach(model, at=[depth], head="passthrough")
+    with pytest.raises(BadArgument, match='attach with head="upsample"'):
+        offramp.enable(model, "fixed", depth=depth)
+
+
+def test_rows_cannot_go_their_own_ways():
+    model, batch = plain()
+    depth = depths(model)[0]
+    offramp.attach(model, at=[depth], head="upsample")
+    batch["timestep"] = torch.tensor([100, 900])
+    with (
+        offramp.enable(model, "time_schedule", depths=(1.0, depth)),
+        pytest.raises(BadArgument, match="states of different blocks have different sizes"),
+    ):
+        said(model, batch)
+
+
+def test_a_schedule_needs_an_exit_at_each_depth(unet):
+    model, _ = unet
+    with pytest.raises(BadArgument, match="where no head was attached"):
+        offramp.enable(model, "time_schedule")

@@ -1,0 +1,83 @@
+"""Tuning runs only the depth that it trains, ends with a better early model, and measures what it says."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+import offramp
+from offramp.enable import RUN
+from offramp.errors import BadArgument, NotAttached
+from offramp_diffusers.fit_schedule import fit_schedule
+from offramp_diffusers.policies.time_schedule import TimeSchedule, two_stage
+from offramp_diffusers.tune import ADAPTER, errors, tune
+
+
+@pytest.fixture
+def data():
+    make = torch.Generator().manual_seed(0)
+    return {"sample": torch.randn(32, 4, 8, 8, generator=make) * 0.1 + 1, "class_labels": torch.arange(32) % 4}
+
+
+def test_only_the_depth_of_the_drawn_bin_runs(dit, data):
+    ran = []
+    for i, block in enumerate(dit.transformer_blocks):
+        block.ff.register_forward_hook(lambda *_, i=i: ran.append(i))
+    tune(dit, data, DDPMScheduler(), TimeSchedule((3,)), steps=2, batch_size=4, progress=False)
+    assert ran == [0, 1, 2] * 2 and RUN not in dit.__dict__ and not dit.training
+
+
+@pytest.mark.parametrize("scheduler", [DDPMScheduler(), FlowMatchEulerDiscreteScheduler()])
+def test_tuning_helps_the_depth_it_trains(dit, data, scheduler):
+    before = errors(dit, data, scheduler, 2, depths=[2, 6], rows=32, progress=False)
+    report = tune(dit, data, scheduler, TimeSchedule((2,)), steps=60, lr=3e-3, batch_size=16, ema=0.9, progress=False)
+    after = errors(dit, data, scheduler, 2, depths=[2, 6], rows=32, progress=False)
+    assert (after[:, 0] < 0.5 * before[:, 0]).all() and len(report.losses) == 60
+    assert report.parameters == sum(p.numel() for p in dit.parameters())
+
+
+def test_every_depth_is_drawn_without_a_schedule_and_the_run_is_repeatable(make, data):
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = make()
+        losses.append(tune(model, data, DDPMScheduler(), steps=4, batch_size=4, ema=0, progress=False).losses)
+    assert losses[0] == losses[1] and len(set(losses[0])) == 4
+
+
+def test_only_the_adapter_is_trained_with_lora(dit, data):
+    pytest.importorskip("peft")
+    before = {k: v.clone() for k, v in dit.state_dict().items()}
+    report = tune(dit, data, DDPMScheduler(), two_stage(2, 6), steps=3, lr=1e-2, lora=2, batch_size=4, progress=False)
+    after = dit.state_dict()
+    assert report.parameters == sum(p.numel() for n, p in dit.named_parameters() if ADAPTER in n)
+    queries = {k.replace(".to_q.", ".to_q.base_layer."): v for k, v in before.items() if "to_q" in k}
+    assert queries and all(torch.equal(after[k], v) for k, v in queries.items())
+    assert any(v.abs().sum() > 0 for k, v in after.items() if "lora_B" in k)
+
+
+def test_measured_errors_are_those_of_the_depth(dit, data):
+    found = errors(dit, data, DDPMScheduler(), 3, rows=8, progress=False)
+    assert found.shape == (3, 6) and found.isfinite().all()
+    again = errors(dit, data, DDPMScheduler(), 3, depths=[2], rows=8, progress=False)
+    assert torch.equal(found[:, 1:2], again)
+    plan = fit_schedule(found, 0.5)
+    with offramp.enable(dit, plan) as run, torch.no_grad():
+        dit(torch.randn(2, 4, 8, 8), timestep=torch.tensor([900, 900]), class_labels=torch.tensor([0, 1]))
+    assert run.stats.last_depths.tolist() == [plan.depths[2]] * 2
+
+
+def test_bad_input(dit, data):
+    plan = TimeSchedule((2,))
+    for wrong, match in (
+        ({}, "data must be"),
+        ({"sample": torch.zeros(0, 4, 8, 8)}, "data must be"),
+        ({**data, "class_labels": torch.zeros(3)}, "class_labels is no tensor of as many rows"),
+    ):
+        with pytest.raises(BadArgument, match=match):
+            tune(dit, wrong, DDPMScheduler(), plan, steps=1, progress=False)
+    with pytest.raises(BadArgument, match="steps=0 must be at least 1"):
+        tune(dit, data, DDPMScheduler(), plan, steps=0, progress=False)
+    with pytest.raises(BadArgument, match="must be a time_schedule, or None"):
+        tune(dit, data, DDPMScheduler(), offramp.policy("never"), steps=1, progress=False)
+    with offramp.enable(dit, plan), pytest.raises(NotAttached, match=r"run.disable\(\)"):
+        tune(dit, data, DDPMScheduler(), plan, steps=1, progress=False)
