@@ -7,6 +7,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any framework is imported: they rea
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+if not torch.cuda.is_available():  # read when triton is first imported, whoever does it
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # one thread: on the tests' tiny tensors two threads wait for one another, 4 to 6 times slower on a busy machine
 torch.set_num_threads(1)
 

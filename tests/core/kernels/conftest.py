@@ -1,7 +1,6 @@
 """Every implementation of an op on every test of it: torch, and Triton on a GPU or through its interpreter."""
 
 import importlib.util
-import os
 
 import numpy as np
 import pytest
@@ -10,8 +9,6 @@ import torch
 from offramp.kernels import _select
 
 GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are first imported
 
 #: unit roundoff of each type
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}

@@ -39,9 +39,8 @@ class Stats:
     rows: rows or tokens decided; exits: how many stopped at each depth; blocks_full: what the full model would have
     run; nonfinite: looks at an exit that could not stop a row because its evidence was not finite; last_depths: exit
     depth of each row (token) of the last call. Generation adds tokens, rounds (visits of the deepest block), drafted
-    and accepted tokens, and projected: blocks of which only keys and values were computed (kv="propagate").
-    A token that runs a block again (kv="recompute") counts again. busy: seconds inside blocks, heads and readout of
-    verified generation, on devices that run at once (CPU).
+    and accepted tokens, projected: blocks of which only keys and values were computed (kv="propagate"), and busy:
+    seconds inside blocks, heads and readout (verified, on a CPU). A token that runs a block again counts again.
     """
 
     rows: int = 0
