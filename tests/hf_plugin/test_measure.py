@@ -115,7 +115,7 @@ def test_bound_counts_the_blocks_of_a_round(model, prompts):
     assert row["bound"] == pytest.approx(4 * g / (4 + beyond))
     assert row["of_bound"] == pytest.approx(row["speedup"] / row["bound"])
     if row["drafted"]:
-        assert 1 <= row["draft_depth"] <= 3
+        assert 1 - 1e-9 <= row["draft_depth"] <= 3 + 1e-9
         assert beyond == pytest.approx(row["drafted_per_round"] * row["draft_depth"])
 
 

@@ -226,7 +226,7 @@ def attach(
 def _fits(cls: type[ExitHead], head: str, taps: Sequence[Tap], width: int, gate: Any) -> None:
     """Raise `BadArgument` for a head or a gate that reads states of one width, at taps of others."""
     odd = {tap.depth: tap.width for tap in taps if tap.width != width}
-    if odd and not cls.whole:
+    if odd and not (cls.whole or cls.any_width):
         raise BadArgument(
             f"head {head!r} starts from the model's own readout, which takes a width of {width}; the states at depths "
             f"{list(odd)} have {sorted(set(odd.values()))}: use a head with a readout of its own, head='pooled_linear'"

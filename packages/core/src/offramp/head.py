@@ -71,6 +71,8 @@ class ExitHead(nn.Module):
     mixes: ClassVar[bool] = False
     #: whether the head reads the whole state at its tap, of any width, and not what the model's own readout pools
     whole: ClassVar[bool] = False
+    #: whether the head reads states of any width, and not what the model's own readout takes
+    any_width: ClassVar[bool] = False
     #: whether it must be in train mode while it is trained, and in eval mode when it answers (batch norm)
     modal: ClassVar[bool] = False
 

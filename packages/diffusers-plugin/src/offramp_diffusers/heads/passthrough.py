@@ -18,6 +18,8 @@ class Passthrough(ExitHead):
     or to train. Raises `BadArgument` on a model whose readout is made of a norm and a classifier.
     """
 
+    any_width = True
+
     @classmethod
     def build(cls, tap: Tap, base: HeadContext) -> Passthrough:
         """Build the head; there is nothing to start from."""

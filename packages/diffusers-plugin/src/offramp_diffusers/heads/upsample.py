@@ -21,6 +21,7 @@ class Upsample(ExitHead):
     """
 
     lens = False
+    any_width = True
 
     def __init__(self, width: int, out: int, factor: int) -> None:
         super().__init__()
