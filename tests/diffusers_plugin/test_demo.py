@@ -13,7 +13,6 @@ from offramp_diffusers.page import summary
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    pytest.importorskip("sklearn")
     from rich.console import Console
 
     folder = tmp_path_factory.mktemp("demo")

@@ -45,7 +45,6 @@ def test_every_depth_is_drawn_without_a_schedule_and_the_run_is_repeatable(make,
 
 
 def test_only_the_adapter_is_trained_with_lora(dit, data):
-    pytest.importorskip("peft")
     before = {k: v.clone() for k, v in dit.state_dict().items()}
     report = tune(dit, data, DDPMScheduler(), two_stage(2, 6), steps=3, lr=1e-2, lora=2, batch_size=4, progress=False)
     after = dit.state_dict()

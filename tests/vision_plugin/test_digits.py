@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from sklearn.datasets import load_digits
 from torch import nn
 
 import offramp
@@ -88,7 +89,7 @@ def convnets():
 @pytest.fixture(scope="module")
 def digits():
     """Images [n, 3, 8, 8] and labels in three parts: train, calibrate, test."""
-    found = pytest.importorskip("sklearn.datasets").load_digits()
+    found = load_digits()
     x = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1).repeat(1, 3, 1, 1) / 8 - 1
     y = torch.tensor(found.target)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))

@@ -44,9 +44,8 @@ def test_the_cut_by_hand():
 
 
 def test_the_average_quantile_is_mapies(digits):
+    import mapie.classification as mapie
     from sklearn.base import BaseEstimator, ClassifierMixin
-
-    mapie = pytest.importorskip("mapie.classification")
 
     class Given(ClassifierMixin, BaseEstimator):
         """A classifier that says what the digits' first exit said."""

