@@ -14,7 +14,9 @@ from offramp.costs import Meter, spent
 from offramp.enable import Stats, make_policy
 from offramp.engine import LOGITS, decide
 from offramp.errors import BadArgument
+from offramp.kernels.compact import compact
 from offramp.kernels.confidence import confidence
+from offramp.loss import row_losses
 from offramp.policy import Evidence, ExitPolicy, SchedulePolicy
 from offramp.record import STATISTICS, digest, evaluating, track
 from offramp.trace import Trace
@@ -86,24 +88,26 @@ class Cascade(nn.Module):
         output = self.models[0](*args, **kwargs)
         answer = found = logits_of(output)
         batch, last = len(found), len(self.models) - 1
-        rows, depths = torch.arange(batch, device=found.device), torch.ones(batch, dtype=torch.long)
+        rows = torch.arange(batch, device=found.device)
+        depths = torch.ones_like(rows)
         state, run = self.policy.start(batch, found.device), batch
         for index in range(last):
             seen = self._look(index, found)
             stop, state, finite = decide(self.policy, state, seen)
-            self.stats.nonfinite += int((~finite).sum())
-            kept = (~stop).nonzero().squeeze(-1)
-            if not kept.numel():
+            left, broken = torch.stack([(~stop).sum(), (~finite).sum()]).tolist()  # the host sync of a model
+            self.stats.nonfinite += broken
+            if not left:
                 break
-            rows, state, before = rows[kept], {k: v[kept] for k, v in state.items()}, found[kept]
+            _, rows, before, *rest = compact(~stop, rows, found, *state.values(), count=left)
+            state = dict(zip(state, rest, strict=True))
             more = logits_of(self.models[index + 1](*_rows(args, rows, batch), **_rows(kwargs, rows, batch)))
             found = self._combined(before, more, index + 1)
             answer = answer.to(torch.promote_types(answer.dtype, found.dtype))
             answer = answer.index_copy(0, rows, found.to(answer))
-            depths[rows.cpu()], run = index + 2, run + len(rows)
+            depths[rows], run = index + 2, run + len(rows)
         self.stats.blocks_run += run
         self.stats.blocks_full += batch * len(self.models)
-        self.stats.last_depths = depths
+        self.stats.last_depths = depths = depths.cpu()
         self.stats.count(depths)
         return answer if isinstance(output, Tensor) else type(output)(logits=answer)
 
@@ -209,6 +213,5 @@ def _one(answers: Sequence[Tensor], targets: Tensor | None) -> dict[str, Tensor]
     one["logits"] = torch.stack(list(answers), 1).float().cpu()
     if targets is not None:
         one["targets"] = targets = targets.cpu()
-        flat = one["logits"].flatten(0, 1), targets.repeat_interleave(len(answers))
-        one["losses"] = nn.functional.cross_entropy(*flat, reduction="none", ignore_index=-100).view(len(targets), -1)
+        one["losses"] = torch.stack([row_losses(a, targets.to(a.device)) for a in answers], 1).cpu()
     return one

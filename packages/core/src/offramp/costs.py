@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from offramp.attach import MODULE, Exits
 from offramp.blocks import Call
+from offramp.clock import sync
 from offramp.errors import UnknownName, did_you_mean
 
 UNITS = ("blocks", "flops", "seconds")
@@ -44,8 +45,7 @@ class Meter:
     def _now(self) -> float:
         if self.unit == "flops":
             return float(self.counter.get_total_flops())
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        sync()
         return time.perf_counter()
 
     def read(self) -> float:

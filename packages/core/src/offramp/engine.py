@@ -157,7 +157,7 @@ class SinglePass:
     def start(self, hidden: Tensor) -> None:
         """Begin a batch: every row is in."""
         self.batch = hidden.shape[0]
-        self.depths = torch.full((self.batch,), self.run.backbone.depth, dtype=torch.long)
+        self.depths = torch.full((self.batch,), self.run.backbone.depth, device=hidden.device)
         self.state = self.run.policy.start(self.batch, hidden.device)
 
     def exit(self, index: int, hidden: Tensor) -> Tensor | None:
@@ -167,14 +167,15 @@ class SinglePass:
         seen = look(run, index, pooled, self.previous)
         stop, self.state, finite = decide(run.policy, self.state, seen)
         self.previous = pooled if run.looks_back else None
-        counts = torch.stack([stop.sum(), finite.numel() - finite.sum()]).tolist()  # the one host sync of an exit
+        counts = torch.stack([stop.sum(), finite.numel() - finite.sum()]).tolist()  # the host sync of an exit
         run.stats.nonfinite += counts[1]
         if not counts[0]:
             return None
         gone, answer = compact(stop, count=counts[0])[0], None
         if self.output is not None and seen.prediction is not None:
             answer = seen.prediction[gone]
-        elif self.output is not None:  # a policy that never looked at the logits: a broken head must not answer
+        elif self.output is not None:  # a policy that never looked at the logits: a broken head must not answer, and
+            # that is known only now, by a second host sync
             answer = run.exits[seen.depth](pooled[gone])
             finite = answer.isfinite().all(-1)
             confirmed = run.policy.confirm({k: v[gone] for k, v in self.state.items()}, answer)
@@ -191,7 +192,7 @@ class SinglePass:
         """Take the rows `gone`, marked in `stop`, out of the batch; returns the indices of those that go on."""
         rows = self.rows if self.rows is not None else torch.arange(len(stop), device=hidden.device)
         self.left.append((rows[gone], self.leaving(hidden, gone), answer))
-        self.depths[rows[gone].cpu()] = depth
+        self.depths[rows[gone]] = depth
         kept, self.rows, *rest = compact(~stop, rows, *self.state.values(), count=len(stop) - len(gone))
         self.state = dict(zip(self.state, rest, strict=True))
         if self.previous is not None:

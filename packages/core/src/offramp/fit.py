@@ -72,6 +72,7 @@ def fit(
     """
     fixed = None if schedule is None or isinstance(schedule, str) else schedule
     exits = find(model, needed=fixed is None)
+    model = exits.model  # of a pipeline, the part that has them
     objective = _objective(loss or ("distill" if fixed is None else "layerskip"), options)
     stages = plan(schedule if isinstance(schedule, str) else None, objective, steps, backbone)
     for stage in stages:  # all of them, before the first changes anything

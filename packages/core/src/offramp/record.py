@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -97,6 +96,7 @@ def record(
     if isinstance(model, Cascade):
         return model.record(batches(data, batch_size), logits=logits, costs=costs, progress=progress)
     exits = find(model)
+    model = exits.model  # of a pipeline, the part that has them
     spent: Tensor | None = None
     parts: list[dict[str, Tensor]] = []
     generator = torch.Generator().manual_seed(seed)
@@ -106,7 +106,7 @@ def record(
             parts.append(_one(exits, batch, per_row, generator, logits))
     if not parts or not sum(len(p["label"]) for p in parts):
         raise BadArgument("the data holds no rows; give at least one batch")
-    return replace(_join(exits, parts), costs=spent, unit=costs)
+    return _join(exits, parts, spent, costs)
 
 
 def _one(exits: Exits, batch: Any, per_row: int | None, generator: torch.Generator, logits: bool) -> dict[str, Tensor]:
@@ -163,7 +163,7 @@ def _pick(sample: Tensor, per_row: int, generator: torch.Generator) -> Tensor:
     return torch.cat(kept).sort().values
 
 
-def _join(exits: Exits, parts: list[dict[str, Tensor]]) -> Trace:
+def _join(exits: Exits, parts: list[dict[str, Tensor]], costs: Tensor | None, unit: str) -> Trace:
     whole = {k: torch.cat([p[k] for p in parts]) for k in parts[0] if k != "classes"}
     depth = exits.backbone.depth
     depths = (*exits.at, depth)
@@ -177,6 +177,8 @@ def _join(exits: Exits, parts: list[dict[str, Tensor]]) -> Trace:
         logits=whole.get("logits"),
         classes=int(parts[0]["classes"]),
         model_hash=fingerprint(exits),
+        costs=costs,
+        unit=unit,
     )
 
 

@@ -125,12 +125,12 @@ class Trace:
     def finite(self, needs: Iterable[str] = ()) -> Tensor:
         """Return the mask [N] of rows whose statistics are finite, those of the predictions and those in `needs`.
 
-        Left out is what is undefined for every row: cosines of the first column, gates of the last.
+        Left out is what is undefined for every row: cosines of the first column, gates of heads of the last.
         """
         found = torch.ones(len(self), dtype=torch.bool)
         for name in ({"top1", "margin", "entropy"} | set(needs)) & set(self.stats):
             table = self.stats[name]
-            table = table[:, 1:] if name == "cosine" else table[:, :-1] if name in ("gate", "agrees") else table
+            table = table[:, 1:] if name == "cosine" else table[:, :-1] if name == "gate" else table
             found &= table.isfinite().all(1)
         return found
 

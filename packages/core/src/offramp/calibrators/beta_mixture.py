@@ -9,7 +9,7 @@ import numpy as np
 from offramp._registry import register
 from offramp.calibration import Calibration
 from offramp.calibrator import Calibrator, Losses
-from offramp.calibrators._thresholds import Sureness, first_rungs, sureness, threshold_policy, with_thresholds
+from offramp.calibrators._thresholds import Sureness, sureness, threshold_policy, with_thresholds
 from offramp.errors import BadArgument
 from offramp.policy import ExitPolicy, ThresholdPolicy
 from offramp.trace import Trace
@@ -43,7 +43,7 @@ class BetaMixture(Calibrator):
     def fit(self, trace: Trace, policy: ExitPolicy, *, alpha: float, delta: float, risk: str) -> Calibration:
         """Return the policy with one threshold per exit; alpha, delta and risk are not used."""
         score = threshold_policy(policy, "beta_mixture")
-        grid, _ = first_rungs(np.zeros((1, 0), np.float32), score, trace.classes)
+        grid = list(score.grid(trace.classes))
         turn = 1.0 if type(score).safer == "up" else -1.0
         steps = turn * np.array(grid)  # falls from surest on
         agrees = (trace.label == trace.label[:, -1:]).numpy()

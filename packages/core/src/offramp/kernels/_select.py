@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -24,7 +25,7 @@ _said: set[tuple[str, str, str]] = set()
 
 def ops() -> list[str]:
     """Return the sorted names of the ops: the files of this folder."""
-    return _stems("offramp.kernels")
+    return list(_stems("offramp.kernels"))
 
 
 def available(op: str, device: str = "cpu") -> dict[str, str | None]:
@@ -87,7 +88,8 @@ def missing(op: str, implementation: str, device: str) -> str | None:
     return None
 
 
-def _stems(package: str) -> list[str]:
+@functools.cache
+def _stems(package: str) -> tuple[str, ...]:
     module = importlib.import_module(package)
     found = pkgutil.iter_modules(module.__path__)
-    return sorted(m.name for m in found if not m.ispkg and not m.name.startswith("_"))
+    return tuple(sorted(m.name for m in found if not m.ispkg and not m.name.startswith("_")))

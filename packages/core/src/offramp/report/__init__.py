@@ -12,7 +12,10 @@ from offramp.report.page import sections as sections
 #: of the JSON that a report is built from
 FORMAT = 1
 #: what a run's JSON may hold, of which a report needs at least one
-PARTS = ("rows", "plain_rows", "certificate", "trace", "text", "exits", "policies", "exit_scores", "confusion")
+PARTS = (
+    *("rows", "plain_rows", "certificate", "trace", "text", "exits"),
+    *("policies", "calibrators", "exit_scores", "confusion"),
+)
 
 
 def write(run: Mapping[str, Any], path: str | Path) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from offramp._registry import lookup, names
 from offramp.calibration import Calibration
 from offramp.errors import BadArgument
@@ -35,8 +33,7 @@ def summary(
     }
     full = simulate(trace, "never")
     if full.accuracy is not None:
-        unit = "blocks" if tuple(torch.as_tensor(trace.costs).tolist()) == trace.depths else "cost"
-        body |= {"full_accuracy": full.accuracy, "full_cost": full.cost_mean, "unit": unit}
+        body |= {"full_accuracy": full.accuracy, "full_cost": full.cost_mean, "unit": trace.unit}
     if chosen is not None:
         body["chosen"] = {"policy": chosen.policy.config(), **_point(trace, chosen.policy)}
     return body
