@@ -11,7 +11,7 @@ from scipy.stats import binom
 import offramp
 from offramp import Trace
 from offramp._registry import lookup
-from offramp.calibrators._walk import _all_at_once
+from offramp.calibrators._walk import _all_at_once, _closing
 from offramp.policy import UNIT_GRID, ExitPolicy
 from offramp.risks import losses
 from offramp.testing.calibrators import toy_trace
@@ -146,7 +146,10 @@ def test_the_test_above_can_fail():
     assert broken / TRIALS > DELTA + 3 * math.sqrt(DELTA * (1 - DELTA) / TRIALS)
 
 
-@pytest.mark.parametrize("policy", ["confidence", "margin", "entropy", "saturation"])
+CONFIDENT = {"policy": "confidence", "threshold": 0.5}
+
+
+@pytest.mark.parametrize("policy", ["confidence", "margin", "entropy", "saturation", "at_least", "budgeted"])
 @pytest.mark.parametrize("risk", ["disagreement", "accuracy_drop", "excess_loss"])
 def test_one_pass_per_exit_is_the_replay_of_every_rung(policy, risk):
     """Also with rows that have no label, and scores that are exactly on a rung."""
@@ -154,8 +157,14 @@ def test_one_pass_per_exit_is_the_replay_of_every_rung(policy, risk):
     trace.targets[::7] = -100
     trace.stats["top1"][:50] = trace.stats["top1"][:50].double().mul(100).round().div(100).float()
     trace.stats["margin"][:50] = trace.stats["margin"][:50].double().mul(100).round().div(100).float()
-    made = lookup(ExitPolicy, policy).example(trace.depths[:-1], 5)
-    found = list(_all_at_once(trace, made, risk))
+    shut = {"at_least": {"depth": trace.depths[1]}, "budgeted": {"closed": [trace.depths[1]]}}
+    if policy in shut:
+        made = offramp.policy(policy, inner=CONFIDENT, **shut[policy])
+    else:
+        made = lookup(ExitPolicy, policy).example(trace.depths[:-1], 5)
+    score, closed = _closing(made, trace.depths[:-1])
+    assert len(closed) == (policy in shut)
+    found = list(_all_at_once(trace, score, risk, closed))
     wanted = [losses(trace, exit_columns(trace, rung), risk) for rung in made.ladder(trace.depths[:-1], 5)]
     assert [n for _, n in found] == [len(w) for w in wanted]
     assert [m for m, _ in found] == pytest.approx([w.mean() for w in wanted], abs=1e-12)

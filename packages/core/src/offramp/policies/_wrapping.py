@@ -7,7 +7,7 @@ from typing import Any
 
 from offramp._registry import policy_from
 from offramp.errors import BadArgument
-from offramp.policy import ExitPolicy, State
+from offramp.policy import ExitPolicy, State, ThresholdPolicy
 
 
 def wrapped(value: Any, owner: str) -> ExitPolicy:
@@ -25,6 +25,13 @@ def wrapped(value: Any, owner: str) -> ExitPolicy:
         f'{owner}: {value!r} is not a policy; give offramp.policy("confidence", threshold=0.9) '
         f'or {{"policy": "confidence", "threshold": 0.9}}'
     )
+
+
+def forgetful(policy: ExitPolicy) -> bool:
+    """Whether the policy decides at each exit from what is seen there alone, so that it need not look where it could
+    not stop.
+    """
+    return type(policy).step is ThresholdPolicy.step
 
 
 def wrapped_list(values: Any, owner: str) -> tuple[ExitPolicy, ...]:

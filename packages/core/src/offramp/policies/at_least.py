@@ -12,7 +12,7 @@ from torch import Tensor
 
 from offramp._registry import create, register
 from offramp.errors import BadArgument
-from offramp.policies._wrapping import wrapped
+from offramp.policies._wrapping import forgetful, wrapped
 from offramp.policy import Evidence, ExitPolicy, Feedback, State
 
 
@@ -45,6 +45,10 @@ class AtLeast(ExitPolicy):
         """Step the wrapped policy and ignore its mask at shallower exits."""
         stop, state = self.inner.step(state, seen)
         return (stop if seen.depth >= self.depth else torch.zeros_like(stop)), state
+
+    def opens(self, depth: int) -> bool:
+        """Whether a row could stop there; a policy with a memory has to look at shallower exits too."""
+        return self.inner.opens(depth) and not (depth < self.depth and forgetful(self.inner))
 
     def learns(self) -> bool:
         """Whether the wrapped policy does."""

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from offramp._registry import create, register
 from offramp.errors import BadArgument
-from offramp.policies._wrapping import wrapped
-from offramp.policy import Evidence, ExitPolicy, Feedback, State, ThresholdPolicy
+from offramp.policies._wrapping import forgetful, wrapped
+from offramp.policy import Evidence, ExitPolicy, Feedback, State
 
 
 @register("budgeted")
@@ -65,8 +65,8 @@ class Budgeted(ExitPolicy):
 
     def opens(self, depth: int) -> bool:
         """Whether a row could stop there; a policy with a memory has to look at closed exits too."""
-        forgetful = type(self.inner).step is ThresholdPolicy.step
-        return depth == self.last or (self.inner.opens(depth) and not (forgetful and depth in self.closed))
+        shut = depth in self.closed and forgetful(self.inner)
+        return depth == self.last or (self.inner.opens(depth) and not shut)
 
     def check(self, depths: Sequence[int]) -> None:
         """Check the wrapped policy, that the depths are those of exits, and that one of them is open."""
