@@ -11,7 +11,7 @@ from scipy.stats import binom
 import offramp
 from offramp import Trace
 from offramp._registry import lookup
-from offramp.calibrators._walk import _all_at_once, _closing
+from offramp.calibrators._walk import _all_at_once
 from offramp.policy import UNIT_GRID, ExitPolicy
 from offramp.risks import losses
 from offramp.testing.calibrators import toy_trace
@@ -162,9 +162,9 @@ def test_one_pass_per_exit_is_the_replay_of_every_rung(policy, risk):
         made = offramp.policy(policy, inner=CONFIDENT, **shut[policy])
     else:
         made = lookup(ExitPolicy, policy).example(trace.depths[:-1], 5)
-    score, closed = _closing(made, trace.depths[:-1])
+    closed = [k for k, depth in enumerate(trace.depths[:-1]) if not made.opens(depth)]
     assert len(closed) == (policy in shut)
-    found = list(_all_at_once(trace, score, risk, closed))
+    found = list(_all_at_once(trace, made.inside(), risk, closed))
     wanted = [losses(trace, exit_columns(trace, rung), risk) for rung in made.ladder(trace.depths[:-1], 5)]
     assert [n for _, n in found] == [len(w) for w in wanted]
     assert [m for m, _ in found] == pytest.approx([w.mean() for w in wanted], abs=1e-12)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import platform
+import os
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import date
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from offramp import kernels
+from offramp.clock import interleaved, origin
 from offramp.errors import UnknownName, did_you_mean
 
 Way = Callable[[], Any]
@@ -34,25 +33,21 @@ class Case:
     moved: int
 
 
-def seconds(ways: dict[str, Way], repeats: int, device: str) -> dict[str, float]:
+def seconds(ways: dict[str, Way], repeats: int) -> dict[str, float]:
     """Return the median seconds of every way; they take turns, so that a slow stretch of the machine hits all alike."""
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(repeats + 1):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            if device != "cpu":
-                torch.accelerator.synchronize()
-            if turn:  # the first warms up
-                taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in taken.items()}
+
+    def called(way: Way) -> Callable[[None], Any]:
+        return lambda _: way()
+
+    timed = interleaved({name: called(way) for name, way in ways.items()}, [None] * repeats, warm=1)
+    return {name: statistics.median(t.seconds for t in taken) for name, taken in timed.items()}
 
 
 def copy_bandwidth(device: str, repeats: int = 5) -> float:
     """Return measured bytes per second of a copy of 256 MB, each byte read and written counted."""
     source = torch.zeros(256 << 20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / seconds({"copy": lambda: target.copy_(source)}, repeats, device)["copy"]
+    return 2 * source.numel() / seconds({"copy": lambda: target.copy_(source)}, repeats)["copy"]
 
 
 def eager_softmax(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -169,9 +164,10 @@ def measure(
         if only not in (None, name):
             continue
         for case in cases(quick, device, compiled):
-            table.append(_row(case, seconds(case.ways, repeats, device), copy))
+            table.append(_row(case, seconds(case.ways, repeats), copy))
             done(table[-1])
-    return {**machine(device), "copy_gb_per_s": copy / 1e9, "repeats": repeats, "rows": table}
+    command = f"offramp bench kernels --repeats {repeats}" + f" --op {only}" * (only is not None)
+    return {**machine(device, command), "copy_gb_per_s": copy / 1e9, "repeats": repeats, "rows": table}
 
 
 def _row(case: Case, taken: dict[str, float], copy: float) -> dict[str, Any]:
@@ -188,17 +184,9 @@ def _row(case: Case, taken: dict[str, float], copy: float) -> dict[str, Any]:
     }
 
 
-def machine(device: str) -> dict[str, Any]:
-    """Return what a measured number must be read with: date, kind of machine, threads, torch, selected kernels."""
-    import os
-
+def machine(device: str, command: str) -> dict[str, Any]:
+    """Return what a measured number must be read with: command, date, version, machine, selected kernels; kind: of the
+    machine, short.
+    """
     kind = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} cores, {device.upper()}"
-    found: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "machine": kind,
-        "processor": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "kernels": kernels.mode(),
-    }
-    return found
+    return {**origin(command), "kind": kind, "threads": torch.get_num_threads(), "kernels": kernels.mode()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,8 @@ import torch
 from torch import nn
 
 import offramp
-from offramp.bench_kernels import machine, seconds
+from offramp.bench_kernels import machine
+from offramp.clock import Clocked, Early, interleaved
 from offramp.testing.toy import ToyModel, toy_plugin
 
 
@@ -67,27 +69,21 @@ def single_pass(depth: int, width: int, batch: int, tokens: int, repeats: int) -
         ):
             table.append({"case": name, **_case(model, exits, policy, x, repeats)})
     shape = {"depth": depth, "width": width, "batch": batch, "tokens": tokens}
-    return {**machine("cpu"), "executor": "single_pass", **shape, "repeats": repeats, "rows": table}
+    about = {**machine("cpu", "offramp bench overhead"), "executor": "single_pass", **shape}
+    return {**about, "repeats": repeats, "rows": table}
 
 
 def _case(
     model: ToyModel, exits: offramp.Exits, policy: offramp.ExitPolicy, x: torch.Tensor, repeats: int
 ) -> dict[str, Any]:
-    full: list[float] = []
-    early: list[float] = []
-    for _ in range(repeats):  # in turns, so that a slow stretch of the machine hits both
-        full.append(seconds({"full": lambda: model(x)}, 1, "cpu")["full"])
-        with offramp.enable(model, policy):
-            early.append(seconds({"early": lambda: model(x)}, 1, "cpu")["early"])
-    whole, took = sorted(full)[repeats // 2], sorted(early)[repeats // 2]
+    full, early = Clocked(list(model.blocks), model), Early(model, policy)
+    timed = interleaved({"full": model, "clocked": full, "early": early}, [x] * repeats, warm=1)
+    whole, took = (statistics.median(t.seconds for t in timed[name]) for name in ("full", "early"))
+    blocks = statistics.median(full.after(0, repeats))
     clock = Clock()
-    with timed_parts(model, exits, clock):
-        model(x)
-        blocks = clock.spent["blocks"]
-        clock.spent.clear()
-        with offramp.enable(model, policy) as run:
-            run.policy = Timed(policy, clock)  # type: ignore[assignment]
-            clock.wrap("rest", model)(x)
+    with timed_parts(model, exits, clock), offramp.enable(model, policy) as run:
+        run.policy = Timed(policy, clock)  # type: ignore[assignment]
+        clock.wrap("rest", model)(x)
     ideal = blocks * run.stats.saved
     return {
         "full_ms": whole * 1e3,

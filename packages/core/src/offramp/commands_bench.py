@@ -74,7 +74,7 @@ def bench_overhead(
 
 
 def _where(body: dict[str, Any]) -> str:
-    return f"{body['machine']}, {body['threads']} thread(s), torch {body['torch']}, {body['date']}"
+    return f"{body['command']}: {body['machine']}, {body['date']}"
 
 
 def _keep(body: dict[str, Any], what: str, results: Path | None, out: Path | None) -> None:
@@ -84,7 +84,7 @@ def _keep(body: dict[str, Any], what: str, results: Path | None, out: Path | Non
 
     write_json(out, body)
     if results is not None:
-        kind = "-".join(body["machine"].lower().replace(",", "").split())
+        kind = "-".join(body["kind"].lower().replace(",", "").split())
         file = results / f"{kind}-{body['date']}.json"
         results.mkdir(parents=True, exist_ok=True)
         before = json.loads(file.read_text()) if file.exists() else {}

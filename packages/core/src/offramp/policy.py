@@ -120,6 +120,10 @@ class ExitPolicy(ABC):
         """Whether an exit at `depth` could ever stop a row; where it could not, nobody needs to look."""
         return True
 
+    def inside(self) -> ExitPolicy:
+        """Return the policy that this one follows at every exit that it `opens`: itself, unless it only shuts exits."""
+        return self
+
     def check(self, depths: Sequence[int]) -> None:
         """Raise `BadArgument` when the policy does not fit exits at these depths (one threshold per exit, ...)."""
         threshold = getattr(self, "threshold", None)

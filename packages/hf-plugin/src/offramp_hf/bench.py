@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -13,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 import offramp
+from offramp import clock
 from offramp.checkpoint import read_bytes
 from offramp.cli import as_dict
 from offramp.errors import BadArgument
@@ -221,5 +221,4 @@ def run(
 
 def origin(command: str) -> dict[str, str]:
     """Return what a result must name: command, machine, date and version."""
-    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
-    return {"command": command, "machine": measure.machine(), "date": date, "version": offramp.__version__}
+    return clock.origin(command, "transformers")

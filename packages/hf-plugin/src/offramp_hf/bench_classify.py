@@ -16,6 +16,7 @@ from torch import Tensor
 import offramp
 from offramp._registry import lookup
 from offramp.cli import as_dict
+from offramp.clock import Early
 from offramp.errors import BadArgument
 from offramp.policy import SchedulePolicy
 from offramp.report import FORMAT
@@ -25,7 +26,6 @@ from offramp.risks import losses
 from offramp.trace import UNLABELLED
 from offramp_hf import measure
 from offramp_hf.bench import origin
-from offramp_hf.bench_shapes import Early
 from offramp_hf.classify import Batch, Plan, Study, plan, regated, study
 from offramp_hf.classify_tables import tables
 from offramp_hf.clock import Clocked

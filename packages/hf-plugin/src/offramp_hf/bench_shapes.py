@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 import offramp
+from offramp.clock import Early
 from offramp.policy import Evidence, ExitPolicy, State
 from offramp_hf import measure
 from offramp_hf.bench import origin
@@ -112,25 +112,6 @@ def encoder(width: int, batch: int, length: int, repeats: int, console: Console)
         f"BERT, 12 blocks, width {width}, float32, batch {batch}, {length} tokens, rows leave evenly at {ENCODER_AT}"
     )
     return _finish(title, [row], "offramp bench encoder", console)
-
-
-class Early:
-    """A single pass with a policy enabled outside the clock."""
-
-    def __init__(self, model: Any, policy: ExitPolicy) -> None:
-        self.model, self.policy = model, policy
-        self.stats = offramp.Stats()
-
-    @contextmanager
-    def ready(self) -> Iterator[None]:
-        """Enable the policy."""
-        with offramp.enable(self.model, self.policy) as run:
-            run.stats = self.stats
-            yield
-
-    def __call__(self, inputs: Any) -> Any:
-        """Run the model."""
-        return self.model(**inputs)
 
 
 def encoder_model(width: int, length: int) -> Any:

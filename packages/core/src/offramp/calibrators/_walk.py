@@ -15,8 +15,6 @@ from offramp.calibration import Calibration
 from offramp.calibrator import Certificate, Losses
 from offramp.calibrators._thresholds import first_rungs, simple, sureness
 from offramp.errors import BadArgument
-from offramp.policies.at_least import AtLeast
-from offramp.policies.budgeted import Budgeted
 from offramp.policy import ExitPolicy, ThresholdPolicy
 from offramp.pvalues import binomial_p, hoeffding_bentkus_p, rows_needed
 from offramp.risks import counted, find_risk, losses
@@ -27,30 +25,25 @@ def certify(trace: Trace, policy: ExitPolicy, *, alpha: float, delta: float, ris
     """Walk the policy's ladder on the trace; returns the certified policy, or `never` with a note that says why."""
     ladder = policy.ladder(trace.depths[:-1], trace.classes)
     promise = Promise(risk, find_risk(risk).binary, alpha, delta, trace.data_hash, trace.model_hash)
-    score, closed = _closing(policy, trace.depths[:-1])
+    score = policy.inside()
     if isinstance(score, ThresholdPolicy) and simple(score):
-        return walk_means(ladder, _all_at_once(trace, score, risk, closed), promise)
+        shut = [k for k, depth in enumerate(trace.depths[:-1]) if not policy.opens(depth)]
+        return walk_means(ladder, _all_at_once(trace, score, risk, shut), promise)
     return walk(ladder, (losses(trace, exit_columns(trace, rung), risk) for rung in ladder), promise)
 
 
-def _closing(policy: ExitPolicy, depths: Sequence[int]) -> tuple[ExitPolicy, list[int]]:
-    """Return (the policy inside, shut columns) where all that the policy adds is to shut exits; else itself."""
-    if isinstance(policy, AtLeast) or (isinstance(policy, Budgeted) and policy.last is None):
-        return policy.inner, [k for k, depth in enumerate(depths) if not policy.opens(depth)]
-    return policy, []
-
-
 def _all_at_once(
-    trace: Trace, policy: ThresholdPolicy, risk: str, closed: Sequence[int]
+    trace: Trace, policy: ThresholdPolicy, risk: str, shut: Sequence[int] = ()
 ) -> Iterator[tuple[float, int]]:
-    """Yield (mean loss, rows) of every rung. One pass per exit, not one replay per rung: 107 times as fast.
+    """Yield (mean loss, rows) of every rung; shut: columns at which nothing stops. One pass per exit, not one replay per
+    rung: 107 times as fast.
 
     A row leaves at an exit on the rungs from the first at which this exit stops it up to those at which an earlier exit
     does; so each exit adds its loss at the one rung and takes it back at the other.
     """
     rows = counted(trace, risk)
     grid, rungs = first_rungs(sureness(trace, policy), policy, trace.classes)
-    rungs[list(closed)] = len(grid)
+    rungs[list(shut)] = len(grid)
     rungs = rungs if rows is None else rungs[:, rows.numpy()]
     total, earlier = np.zeros(len(grid) + 1), np.full(rungs.shape[1], len(grid))
     for column, first in enumerate(rungs):

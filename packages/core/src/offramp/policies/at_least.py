@@ -50,6 +50,10 @@ class AtLeast(ExitPolicy):
         """Whether a row could stop there; a policy with a memory has to look at shallower exits too."""
         return self.inner.opens(depth) and not (depth < self.depth and forgetful(self.inner))
 
+    def inside(self) -> ExitPolicy:
+        """Return the wrapped policy."""
+        return self.inner
+
     def learns(self) -> bool:
         """Whether the wrapped policy does."""
         return self.inner.learns()

@@ -68,6 +68,10 @@ class Budgeted(ExitPolicy):
         shut = depth in self.closed and forgetful(self.inner)
         return depth == self.last or (self.inner.opens(depth) and not shut)
 
+    def inside(self) -> ExitPolicy:
+        """Return the wrapped policy, where it is only kept from stopping and never made to."""
+        return self.inner if self.last is None else self
+
     def check(self, depths: Sequence[int]) -> None:
         """Check the wrapped policy, that the depths are those of exits, and that one of them is open."""
         self.inner.check(depths)
