@@ -35,8 +35,8 @@ def certify(trace: Trace, policy: ExitPolicy, *, alpha: float, delta: float, ris
 def _all_at_once(
     trace: Trace, policy: ThresholdPolicy, risk: str, shut: Sequence[int] = ()
 ) -> Iterator[tuple[float, int]]:
-    """Yield (mean loss, rows) of every rung; shut: columns at which nothing stops. One pass per exit, not one replay per
-    rung: 107 times as fast.
+    """Yield (mean loss, rows) of every rung; shut: columns at which nothing stops. One pass per exit, not one replay
+    per rung: 107 times as fast.
 
     A row leaves at an exit on the rungs from the first at which this exit stops it up to those at which an earlier exit
     does; so each exit adds its loss at the one rung and takes it back at the other.

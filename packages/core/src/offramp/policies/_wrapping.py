@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from offramp._registry import policy_from
 from offramp.errors import BadArgument
-from offramp.policy import ExitPolicy, State, ThresholdPolicy
+from offramp.policy import ExitPolicy, Feedback, State, ThresholdPolicy
 
 
 def wrapped(value: Any, owner: str) -> ExitPolicy:
@@ -25,6 +29,37 @@ def wrapped(value: Any, owner: str) -> ExitPolicy:
         f'{owner}: {value!r} is not a policy; give offramp.policy("confidence", threshold=0.9) '
         f'or {{"policy": "confidence", "threshold": 0.9}}'
     )
+
+
+@dataclass(frozen=True)
+class Wrapping(ExitPolicy):
+    """A policy around another one, `inner` (a policy or its config), which it asks for all that it does not change."""
+
+    inner: ExitPolicy
+
+    def statistics(self) -> frozenset[str]:
+        """Return what the wrapped policy needs."""
+        return self.inner.statistics()
+
+    def start(self, batch: int, device: torch.device | str) -> State:
+        """Return the wrapped policy's state."""
+        return self.inner.start(batch, device)
+
+    def learns(self) -> bool:
+        """Whether the wrapped policy does."""
+        return self.inner.learns()
+
+    def learn(self, state: State, feedback: Feedback) -> State:
+        """Let the wrapped policy learn."""
+        return self.inner.learn(state, feedback)
+
+    def check(self, depths: Sequence[int]) -> None:
+        """Check the wrapped policy."""
+        self.inner.check(depths)
+
+    def ladder(self, depths: Sequence[int], classes: int) -> list[ExitPolicy]:
+        """Return the wrapped policy's ladder, each rung wrapped alike."""
+        return [dataclasses.replace(self, inner=rung) for rung in self.inner.ladder(depths, classes)]
 
 
 def forgetful(policy: ExitPolicy) -> bool:

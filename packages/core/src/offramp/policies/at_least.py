@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,34 +11,25 @@ from torch import Tensor
 
 from offramp._registry import create, register
 from offramp.errors import BadArgument
-from offramp.policies._wrapping import forgetful, wrapped
-from offramp.policy import Evidence, ExitPolicy, Feedback, State
+from offramp.policies._wrapping import Wrapping, forgetful, wrapped
+from offramp.policy import Evidence, ExitPolicy, State
 
 
 @register("at_least")
 @dataclass(frozen=True)
-class AtLeast(ExitPolicy):
+class AtLeast(Wrapping):
     """Do what `inner` says, but never before `depth` blocks have run.
 
     inner: a policy or its config; depth: in blocks, at least 1; higher is safer, lower is faster. `inner` sees the
     shallower exits too, so a counter in it goes on. Raises `BadArgument`, also when no exit is that deep.
     """
 
-    inner: ExitPolicy
     depth: int
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "inner", wrapped(self.inner, "at_least"))
         if isinstance(self.depth, bool) or not isinstance(self.depth, int) or self.depth < 1:
             raise BadArgument(f"at_least: depth must be a whole number of blocks, at least 1, not {self.depth!r}")
-
-    def statistics(self) -> frozenset[str]:
-        """Return what the wrapped policy needs."""
-        return self.inner.statistics()
-
-    def start(self, batch: int, device: torch.device | str) -> State:
-        """Return the wrapped policy's state."""
-        return self.inner.start(batch, device)
 
     def step(self, state: State, seen: Evidence) -> tuple[Tensor, State]:
         """Step the wrapped policy and ignore its mask at shallower exits."""
@@ -54,26 +44,14 @@ class AtLeast(ExitPolicy):
         """Return the wrapped policy."""
         return self.inner
 
-    def learns(self) -> bool:
-        """Whether the wrapped policy does."""
-        return self.inner.learns()
-
-    def learn(self, state: State, feedback: Feedback) -> State:
-        """Let the wrapped policy learn."""
-        return self.inner.learn(state, feedback)
-
     def check(self, depths: Sequence[int]) -> None:
         """Check the wrapped policy, and that an exit is deep enough."""
-        self.inner.check(depths)
+        super().check(depths)
         if depths and self.depth > max(depths):
             raise BadArgument(
                 f"at_least: depth {self.depth} is deeper than every exit (exits at {list(depths)}), so it could never "
                 f'fire; choose at most {max(depths)}, or write "never" for the full model'
             )
-
-    def ladder(self, depths: Sequence[int], classes: int) -> list[ExitPolicy]:
-        """Return the wrapped policy's ladder, each rung held back alike."""
-        return [dataclasses.replace(self, inner=rung) for rung in self.inner.ladder(depths, classes)]
 
     @classmethod
     def example(cls, depths: Sequence[int], classes: int, **options: Any) -> ExitPolicy:

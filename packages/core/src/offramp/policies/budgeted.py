@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +11,13 @@ from torch import Tensor
 
 from offramp._registry import create, register
 from offramp.errors import BadArgument
-from offramp.policies._wrapping import forgetful, wrapped
-from offramp.policy import Evidence, ExitPolicy, Feedback, State
+from offramp.policies._wrapping import Wrapping, forgetful, wrapped
+from offramp.policy import Evidence, ExitPolicy, State
 
 
 @register("budgeted")
 @dataclass(frozen=True)
-class Budgeted(ExitPolicy):
+class Budgeted(Wrapping):
     """Stop as `inner` does, but at no exit of `closed`; at `last` every row stops.
 
     inner: a policy or its config; closed: depths in blocks of exits whose share of the budget is nothing; last: depth
@@ -27,7 +26,6 @@ class Budgeted(ExitPolicy):
     closes exits; DeeR-VLA (arXiv 2411.02359), which bounds the depth.
     """
 
-    inner: ExitPolicy
     closed: tuple[int, ...] = ()
     last: int | None = None
 
@@ -40,28 +38,12 @@ class Budgeted(ExitPolicy):
         if self.last in self.closed:
             raise BadArgument(f"budgeted: all rows are to leave at depth {self.last}, and that exit is closed")
 
-    def statistics(self) -> frozenset[str]:
-        """Return what the wrapped policy needs."""
-        return self.inner.statistics()
-
-    def start(self, batch: int, device: torch.device | str) -> State:
-        """Return the wrapped policy's state."""
-        return self.inner.start(batch, device)
-
     def step(self, state: State, seen: Evidence) -> tuple[Tensor, State]:
         """Step the wrapped policy; at a closed exit no row stops, at `last` all do."""
         stop, state = self.inner.step(state, seen)
         if seen.depth == self.last:
             return torch.ones_like(stop), state
         return (torch.zeros_like(stop) if seen.depth in self.closed else stop), state
-
-    def learns(self) -> bool:
-        """Whether the wrapped policy learns."""
-        return self.inner.learns()
-
-    def learn(self, state: State, feedback: Feedback) -> State:
-        """Pass the feedback on."""
-        return self.inner.learn(state, feedback)
 
     def opens(self, depth: int) -> bool:
         """Whether a row could stop there; a policy with a memory has to look at closed exits too."""
@@ -74,7 +56,7 @@ class Budgeted(ExitPolicy):
 
     def check(self, depths: Sequence[int]) -> None:
         """Check the wrapped policy, that the depths are those of exits, and that one of them is open."""
-        self.inner.check(depths)
+        super().check(depths)
         for depth in (*self.closed, *(() if self.last is None else (self.last,))):
             if depth not in depths:
                 raise BadArgument(f"budgeted: there is no exit at depth {depth}; there are exits at {list(depths)}")
@@ -91,7 +73,7 @@ class Budgeted(ExitPolicy):
                 f"budgeted: at depth {self.last} every row leaves, whatever the threshold, so no rung is safe; leave "
                 f"last out to calibrate"
             )
-        return [dataclasses.replace(self, inner=rung) for rung in self.inner.ladder(depths, classes)]
+        return super().ladder(depths, classes)
 
     @classmethod
     def example(cls, depths: Sequence[int], classes: int, **options: Any) -> ExitPolicy:

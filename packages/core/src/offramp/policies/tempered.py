@@ -8,19 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from offramp._registry import create, register
 from offramp.errors import BadArgument
 from offramp.kernels.confidence import PREDICTION, confidence
-from offramp.policies._wrapping import wrapped
+from offramp.policies._wrapping import Wrapping, wrapped
 from offramp.policy import Evidence, ExitPolicy, State, at_exit
 
 
 @register("tempered")
 @dataclass(frozen=True)
-class Tempered(ExitPolicy):
+class Tempered(Wrapping):
     """Give `inner` the statistics of softmax(logits / temperature) in place of those of softmax(logits).
 
     inner: a policy or its config; temperature: above 0, one number or one per exit; higher flattens probabilities, so
@@ -28,7 +27,6 @@ class Tempered(ExitPolicy):
     then has to write. Raises `BadArgument`. Paper: Guo et al., On Calibration of Modern Neural Networks (ICML 2017).
     """
 
-    inner: ExitPolicy
     temperature: float | tuple[float, ...]
 
     def __post_init__(self) -> None:
@@ -51,10 +49,6 @@ class Tempered(ExitPolicy):
         """Return the logits in place of the wrapped policy's statistics of them."""
         return (self.inner.statistics() - PREDICTION) | {"prediction", "label"}
 
-    def start(self, batch: int, device: torch.device | str) -> State:
-        """Return the wrapped policy's state."""
-        return self.inner.start(batch, device)
-
     def step(self, state: State, seen: Evidence) -> tuple[Tensor, State]:
         """Recompute the statistics at this exit's temperature and step the wrapped policy on them."""
         if seen.prediction is None:
@@ -65,16 +59,12 @@ class Tempered(ExitPolicy):
 
     def check(self, depths: Sequence[int]) -> None:
         """Check the wrapped policy, and that there is one temperature per exit."""
-        self.inner.check(depths)
+        super().check(depths)
         if isinstance(self.temperature, tuple) and len(self.temperature) != len(depths):
             raise BadArgument(
                 f"tempered was given {len(self.temperature)} temperatures for {len(depths)} exits "
                 f"(at {list(depths)}); give one number, or one per exit"
             )
-
-    def ladder(self, depths: Sequence[int], classes: int) -> list[ExitPolicy]:
-        """Return the wrapped policy's ladder, each rung at the same temperatures."""
-        return [dataclasses.replace(self, inner=rung) for rung in self.inner.ladder(depths, classes)]
 
     @classmethod
     def example(cls, depths: Sequence[int], classes: int, **options: Any) -> ExitPolicy:
