@@ -78,7 +78,7 @@ def allowed_of_ours(name):
         if name.startswith(folder + "."):
             # calibrators work on traces; `_shared.py` files of a folder belong to the folder
             more = (
-                ("offramp.calibration", "offramp.trace", "offramp.risks", "offramp.pvalues")
+                ("offramp.calibration", "offramp.trace", "offramp.simulate", "offramp.risks", "offramp.pvalues")
                 if "calibrators" in folder
                 else ()
             )

@@ -14,8 +14,8 @@ from offramp.calibrators.accuracy_gap import confirm, propose
 from offramp.errors import BadArgument
 from offramp.pvalues import binomial_p
 from offramp.risks import losses
+from offramp.simulate import exit_columns
 from offramp.testing.calibrators import check_calibrator, toy_trace
-from offramp.trace import exit_columns
 
 ALPHA, DELTA, TRIALS = 0.03, 0.1, 1000
 

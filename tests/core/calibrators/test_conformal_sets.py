@@ -11,8 +11,8 @@ import offramp
 from offramp import Trace
 from offramp.errors import BadArgument
 from offramp.pvalues import certain_rank, expected_rank
+from offramp.simulate import exit_columns
 from offramp.testing.calibrators import missed, toy_trace
-from offramp.trace import exit_columns
 
 POLICY = offramp.policy("confidence", threshold=0.8)
 ALPHA, DELTA, TRIALS = 0.1, 0.1, 1000

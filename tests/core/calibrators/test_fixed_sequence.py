@@ -14,8 +14,8 @@ from offramp._registry import lookup
 from offramp.calibrators._walk import _all_at_once
 from offramp.policy import UNIT_GRID, ExitPolicy
 from offramp.risks import losses
+from offramp.simulate import exit_columns
 from offramp.testing.calibrators import toy_trace
-from offramp.trace import exit_columns
 
 
 def one_exit(top1, wrong, **more):

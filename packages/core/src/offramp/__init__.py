@@ -35,9 +35,9 @@ from offramp.policy import Evidence as Evidence
 from offramp.policy import ExitPolicy as ExitPolicy
 from offramp.policy import Feedback as Feedback
 from offramp.record import record as record
-from offramp.trace import Outcome as Outcome
+from offramp.simulate import Outcome as Outcome
+from offramp.simulate import simulate as simulate
 from offramp.trace import Trace as Trace
-from offramp.trace import simulate as simulate
 
 
 def policy(name: str, **config: Any) -> ExitPolicy:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,6 +72,18 @@ def losses(trace: Trace, columns: Tensor, risk: str) -> Losses:
     """Return the per-row losses [n] in [0, 1] of leaving at `columns` [N]."""
     found: Losses = find_risk(risk).of(trace, columns).numpy()
     return found
+
+
+def table(trace: Trace, risk: str, columns: int) -> tuple[Losses, Losses]:
+    """Return (the losses [columns, n] of leaving at each of the first columns, the mask [N] of the n rows that count).
+
+    Raises `BadArgument` where no row counts.
+    """
+    rows = counted(trace, risk)
+    mask: Losses = np.ones(len(trace), bool) if rows is None else rows.numpy()
+    if not mask.any():
+        raise BadArgument("no row of the trace has a label, so this risk cannot be measured; record data with labels")
+    return np.stack([losses(trace, torch.full((len(trace),), k), risk) for k in range(columns)]), mask
 
 
 def _at(table: Tensor, columns: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def busiest(trace: Trace, policy: ExitPolicy, count: int) -> list[int]:
     For `offramp.enable(model, "speculative_gate", layers=...)`. The first of equals is the shallower. Raises
     `BadArgument` when there are not as many exits.
     """
-    from offramp.trace import exit_columns
+    from offramp.simulate import exit_columns
 
     exits = len(trace.depths) - 1
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= exits:

@@ -12,7 +12,8 @@ import torch
 from offramp._registry import create
 from offramp.errors import BadArgument
 from offramp.policy import ExitPolicy, ThresholdPolicy
-from offramp.trace import Trace, check_holds
+from offramp.simulate import check_holds
+from offramp.trace import Trace
 
 #: [exits, rows] of how sure an exit is; larger is surer, -inf never stops
 Sureness = np.ndarray[Any, np.dtype[np.float32]]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from offramp._registry import create
 from offramp.calibration import Calibration
@@ -17,8 +16,9 @@ from offramp.calibrators._thresholds import first_rungs, simple, sureness
 from offramp.errors import BadArgument
 from offramp.policy import ExitPolicy, ThresholdPolicy
 from offramp.pvalues import binomial_p, hoeffding_bentkus_p, rows_needed
-from offramp.risks import counted, find_risk, losses
-from offramp.trace import Trace, exit_columns
+from offramp.risks import find_risk, losses, table
+from offramp.simulate import exit_columns
+from offramp.trace import Trace
 
 
 def certify(trace: Trace, policy: ExitPolicy, *, alpha: float, delta: float, risk: str) -> Calibration:
@@ -41,20 +41,19 @@ def _all_at_once(
     A row leaves at an exit on the rungs from the first at which this exit stops it up to those at which an earlier exit
     does; so each exit adds its loss at the one rung and takes it back at the other.
     """
-    rows = counted(trace, risk)
+    cost, mask = table(trace, risk, len(trace.depths) - 1)
     grid, rungs = first_rungs(sureness(trace, policy), policy, trace.classes)
     rungs[list(shut)] = len(grid)
-    rungs = rungs if rows is None else rungs[:, rows.numpy()]
+    rungs = rungs[:, mask]
     total, earlier = np.zeros(len(grid) + 1), np.full(rungs.shape[1], len(grid))
-    for column, first in enumerate(rungs):
-        loss = losses(trace, torch.full((len(trace),), column), risk)
+    for first, loss in zip(rungs, cost, strict=True):
         new = first < earlier
         total += np.bincount(first[new], loss[new], len(grid) + 1)
         total -= np.bincount(earlier[new], loss[new], len(grid) + 1)
         earlier = np.minimum(earlier, first)
     n = rungs.shape[1]
     for summed in np.cumsum(total)[:-1]:
-        yield max(0.0, float(summed)) / n if n else 0.0, n  # sums of fractions may end at -1e-17
+        yield max(0.0, float(summed)) / n, n  # sums of fractions may end at -1e-17
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 
 from offramp._registry import create, register
 from offramp.calibration import Calibration
@@ -17,7 +16,7 @@ from offramp.calibrators._walk import Promise, certify
 from offramp.errors import BadArgument
 from offramp.policy import ExitPolicy
 from offramp.pvalues import rows_needed
-from offramp.risks import counted, find_risk, losses
+from offramp.risks import find_risk, table
 from offramp.trace import Trace
 
 #: p-value of "the risk is above alpha" from the mean loss of n rows
@@ -58,12 +57,9 @@ class AccuracyGap(Calibrator):
         if not self.conditional:
             return certify(trace, policy, alpha=alpha, delta=delta, risk=risk)
         score = threshold_policy(policy, "accuracy_gap with conditional=True", exact=True)
-        rows = counted(trace, risk)
-        kept = np.arange(len(trace)) if rows is None else rows.nonzero().squeeze(-1).numpy()
-        if not len(kept):
-            raise BadArgument("no row of the trace has a label, so this risk cannot be measured; record labelled data")
+        cost, mask = table(trace, risk, len(trace.depths) - 1)
+        kept = mask.nonzero()[0]
         grid, rungs = first_rungs(sureness(trace, score), score, trace.classes)
-        cost = np.stack([losses(trace, torch.full((len(trace),), k), risk) for k in range(len(rungs))])
         order = np.random.default_rng(self.seed).permutation(len(kept))
         ours, theirs = order[: len(kept) // 2], order[len(kept) // 2 :]
         promise = Promise(risk, find_risk(risk).binary, alpha, delta, trace.data_hash, trace.model_hash)

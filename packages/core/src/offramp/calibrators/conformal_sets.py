@@ -15,7 +15,8 @@ from offramp.calibrators._thresholds import Counts
 from offramp.errors import BadArgument
 from offramp.policy import ExitPolicy
 from offramp.pvalues import binomial_p, certain_rank, expected_rank, rows_needed
-from offramp.trace import UNLABELLED, Trace, exit_columns
+from offramp.simulate import exit_columns
+from offramp.trace import UNLABELLED, Trace
 
 
 @register("conformal_sets")
@@ -106,7 +107,7 @@ def right_probability(trace: Trace, columns: Counts, targets: Counts) -> Losses:
 
 
 def _targets(trace: Trace) -> Counts:
-    if trace.targets is None or not bool((trace.targets != UNLABELLED).any()):
+    if trace.targets is None or trace.labelled is None:
         raise BadArgument("conformal_sets needs the right labels, and the trace has none; record data with its labels")
     found: Counts = trace.targets.long().numpy()
     return found

@@ -14,7 +14,7 @@ from offramp.calibrators._quota import answer, asked_budget, fill, usable
 from offramp.calibrators._thresholds import sureness, threshold_policy
 from offramp.errors import BadArgument
 from offramp.policy import ExitPolicy, ThresholdPolicy
-from offramp.trace import UNLABELLED, Trace
+from offramp.trace import Trace
 
 
 @register("exponential_weights")
@@ -89,7 +89,8 @@ def weights(risks: Losses, costs: Losses, budget: float, beta: float) -> Losses:
 
 def _wrong(trace: Trace) -> Losses:
     """Return [K, N] of 1 where a column answers wrong, else 0; NaN where the row has no label."""
-    if trace.targets is None or not bool((labelled := trace.targets != UNLABELLED).any()):
+    labelled = trace.labelled
+    if trace.targets is None or labelled is None:
         return (trace.label != trace.label[:, -1:]).T.double().numpy()
     wrong = (trace.label != trace.targets[:, None]).T.double()
     return torch.where(labelled, wrong, torch.nan).numpy()

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from offramp._registry import register
 from offramp.calibration import Calibration
@@ -17,7 +16,7 @@ from offramp.calibrators._quota import Cuts, asked_budget, bisect, fill, geometr
 from offramp.calibrators._thresholds import Counts, Sureness, sureness, threshold_at, threshold_policy, with_thresholds
 from offramp.errors import BadArgument, OfframpError
 from offramp.policy import ExitPolicy, ThresholdPolicy
-from offramp.risks import counted, losses
+from offramp.risks import table
 from offramp.trace import Trace
 
 #: rows that a trial is measured on; the best trials are measured on all rows
@@ -122,13 +121,9 @@ class Space:
     @classmethod
     def of(cls, trace: Trace, policy: ThresholdPolicy, risk: str, last: int) -> Space:
         """Return the columns up to `last`, where all that is left leaves; NaN is the loss of rows without a label."""
+        found, mask = table(trace, risk, last + 1)
         loss = np.full((last + 1, len(trace)), np.nan)
-        rows = counted(trace, risk)
-        mask = np.ones(len(trace), bool) if rows is None else rows.numpy()
-        if not mask.any():
-            raise BadArgument("no row of the trace has a label, so this risk cannot be measured; record labelled data")
-        for column, out in enumerate(loss):
-            out[mask] = losses(trace, torch.full((len(trace),), column), risk)
+        loss[:, mask] = found
         return cls(sureness(trace, policy)[:last], np.asarray(trace.costs)[: last + 1], loss)
 
     def part(self, rows: int, seed: int) -> Space:

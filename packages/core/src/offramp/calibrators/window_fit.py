@@ -13,7 +13,8 @@ from offramp.calibrator import Calibrator, Losses
 from offramp.calibrators._thresholds import Sureness, sureness, threshold_policy
 from offramp.errors import BadArgument
 from offramp.policy import ExitPolicy, ThresholdPolicy
-from offramp.trace import UNLABELLED, Trace, simulate
+from offramp.simulate import simulate
+from offramp.trace import Trace
 
 TASKS = ("selective", "ood", "both")
 #: ranked rows before which a share of errors says nothing, and the share of all rows where they are fewer than that
@@ -109,13 +110,10 @@ class WindowFit(Calibrator):
 
 def _here(trace: Trace) -> Any:
     """Return the mask [N] of rows with a label; all of them where the trace has none."""
-    if trace.targets is None or not bool((trace.targets != UNLABELLED).any()):
-        return np.ones(len(trace), bool)
-    return (trace.targets != UNLABELLED).numpy()
+    known = trace.labelled
+    return np.ones(len(trace), bool) if known is None else known.numpy()
 
 
 def _answers(trace: Trace) -> Any:
     """Return the right answers [N]: labels, or the full model's where the trace has none."""
-    if trace.targets is None or not bool((trace.targets != UNLABELLED).any()):
-        return trace.label[:, -1].numpy()
-    return trace.targets.numpy()
+    return (trace.label[:, -1] if trace.labelled is None or trace.targets is None else trace.targets).numpy()

@@ -9,7 +9,8 @@ from offramp._registry import lookup, names
 from offramp.calibration import Calibration
 from offramp.errors import BadArgument
 from offramp.policy import ExitPolicy
-from offramp.trace import Trace, simulate
+from offramp.simulate import simulate
+from offramp.trace import Trace
 
 POLICIES = ("confidence", "margin", "entropy", "patience", "fixed", "saturation")
 #: settings simulated per policy: more would not be seen in a picture

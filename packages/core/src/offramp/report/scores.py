@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from offramp.calibrator import Losses
-from offramp.trace import UNLABELLED, Trace
+from offramp.trace import Trace
 
 #: bins of the calibration error: 15 is what papers report since Guo et al. (ICML 2017)
 BINS = 15
@@ -24,7 +24,7 @@ def exit_scores(trace: Trace) -> list[dict[str, Any]]:
     agreement where there are none; auroc: by statistic, of telling the rows on which the exit agrees with the full
     model from the others (0.5 says nothing, 1 says all), None where all rows agree or none do.
     """
-    known = _labelled(trace)
+    known = trace.labelled
     out = []
     for k, depth in enumerate(trace.depths):
         same = trace.label[:, k] == trace.label[:, -1]
@@ -54,7 +54,7 @@ def confusion(trace: Trace) -> dict[str, Any]:
     count = len(trace.depths)
     same = [[float((label[:, i] == label[:, j]).double().mean()) for j in range(count)] for i in range(count)]
     body: dict[str, Any] = {"depths": list(trace.depths), "same": same}
-    known = _labelled(trace)
+    known = trace.labelled
     if known is None or trace.targets is None:
         return body
     right = (label == trace.targets[:, None])[known]
@@ -105,10 +105,3 @@ def calibration_error(probability: Tensor, right: Tensor, bins: int = BINS) -> f
 
 def _auroc(name: str, score: Tensor, same: Tensor) -> float | None:
     return auroc(-score.double() if name in FALLING else score, same)
-
-
-def _labelled(trace: Trace) -> Tensor | None:
-    """Return the mask [rows] of rows with a label, None where none has one."""
-    if trace.targets is None or not bool((known := trace.targets != UNLABELLED).any()):
-        return None
-    return known

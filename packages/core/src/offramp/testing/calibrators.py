@@ -13,8 +13,9 @@ from offramp.calibrator import Calibrator
 from offramp.kernels.confidence import confidence, cosine
 from offramp.policy import ExitPolicy
 from offramp.risks import losses
+from offramp.simulate import exit_columns, simulate
 from offramp.testing import ContractError, require
-from offramp.trace import UNLABELLED, Trace, exit_columns, simulate
+from offramp.trace import UNLABELLED, Trace
 
 
 def toy_trace(rows: int = 400, depths: tuple[int, ...] = (2, 4, 6, 8), classes: int = 5, seed: int = 0) -> Trace:

@@ -19,8 +19,8 @@ from offramp.gate import ExitGate
 from offramp.kernels.confidence import PREDICTION, confidence, cosine
 from offramp.policy import Evidence, ExitPolicy, State
 from offramp.record import record
+from offramp.simulate import Outcome, simulate
 from offramp.testing import ContractError, require
-from offramp.trace import Outcome, simulate
 
 #: operations that make the host wait for the device
 _SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")

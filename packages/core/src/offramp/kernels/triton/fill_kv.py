@@ -114,14 +114,15 @@ def _launch(
     heads, room, dim = key.shape[1:]
     held: list[Tensor] = []  # what the table points at must live until the launch
 
-    def pointer(tensor: Tensor | None, ones: int = 0) -> int:
-        made = x.new_zeros(ones) if tensor is None else tensor.to(x.dtype).contiguous()
-        held.append(made)
-        return made.data_ptr()
+    def pointer(tensor: Tensor | None, otherwise: int = 0) -> int:
+        if tensor is None:  # never read, where it is 0
+            return otherwise
+        held.append(tensor.to(x.dtype).contiguous())
+        return held[-1].data_ptr()
 
-    def gain(tensor: Tensor | None, size: int) -> int:
-        return pointer(x.new_ones(size) if tensor is None else tensor)
-
+    biased = first.key_bias is not None or first.value_bias is not None
+    zeros = pointer(x.new_zeros(heads * dim)) if biased else 0
+    ones = pointer(x.new_ones(max(width, dim)))
     copies = []
     table = []
     for block, key_cache, value_cache in members:
@@ -130,10 +131,10 @@ def _launch(
         copies += list(zip((key_cache, value_cache), caches, strict=True))
         norm, key_norm = block.norm, block.key_norm
         table.append([
-            gain(norm.weight, width), pointer(block.key), pointer(block.value),
+            pointer(norm.weight, ones), pointer(block.key), pointer(block.value),
             caches[0].data_ptr(), caches[1].data_ptr(),
-            pointer(norm.bias, width), pointer(block.key_bias, heads * dim), pointer(block.value_bias, heads * dim),
-            gain(None if key_norm is None else key_norm.weight, dim),
+            pointer(norm.bias), pointer(block.key_bias, zeros), pointer(block.value_bias, zeros),
+            0 if key_norm is None else pointer(key_norm.weight, ones),
         ])  # fmt: skip
     stride = copies[0][1].stride()
     pointers = torch.tensor(table, dtype=torch.long).to(x.device, non_blocking=True)
@@ -141,7 +142,7 @@ def _launch(
     cos_, sin_ = (x, x) if cos is None or sin is None else (cos.to(x.dtype).contiguous(), sin.to(x.dtype).contiguous())
     _kernel[rows, heads, 2 * len(members)](
         x, pointers, slots, cos_, sin_, width, room, dim, *stride[:3], COLUMNS=len(table[0]), ROTATES=rotates,
-        BIAS=first.key_bias is not None or first.value_bias is not None, KEY_NORM=first.key_norm is not None,
+        BIAS=biased, KEY_NORM=first.key_norm is not None,
         NORM_BIAS=first.norm.bias is not None, CENTER=first.norm.center, EPS=first.norm.eps,
         KEY_NORM_EPS=0.0 if first.key_norm is None else first.key_norm.eps,
         BLOCK_D=triton.next_power_of_2(dim), BLOCK_K=64,
