@@ -158,3 +158,11 @@ def test_a_call_is_compared_again_in_every_generation():
     assert replay.find(0, "shape") is not None
     replay.begin()
     assert replay.find(0, "shape") is None
+
+
+def test_devices_that_run_behind_the_calls_are_left_alone():
+    part, state = nn.Linear(3, 3, device="meta"), torch.ones(1, 3, device="meta")
+    replay = Replay([part])
+    for _ in range(_replay.USES):
+        replay.learn(0, "shape", part(state), lambda: Example(part, [state], [state]))
+    assert replay.off and replay.find(0, "shape") is None

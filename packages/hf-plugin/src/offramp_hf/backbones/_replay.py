@@ -47,7 +47,8 @@ class Replay:
     A block of a small model spends more time between its tensor operations than in them: 0.25 ms against 0.16 ms
     replayed, at 5 M parameters on a CPU. A recording is made once per shape and shared by all parts it fits, after a
     real call of each was compared; in every generation one call of each part is compared again. Nothing is recorded
-    where hooks, patches, autocast or compilation act on a part, nor where what runs depends on values.
+    where hooks, patches, autocast or compilation act on a part, nor where what runs depends on values; nor on devices
+    that run behind the calls, where comparing would wait for them and nobody has measured what it saves.
     """
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
@@ -74,7 +75,8 @@ class Replay:
         self.steps: dict[Any, list[Step | None]] = {}
         #: parts of which a call was compared in this generation
         self.checked: set[int] = set()
-        self.off = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") or _hooked(self.parts)
+        cast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+        self.off = cast or _hooked(self.parts) or any(w.device.type != "cpu" for p in self.parts for w in weights(p))
 
     def ready(self, shape: Any) -> list[Step | None]:
         """Return what runs calls of this shape, part by part; None: ask `find`."""

@@ -18,8 +18,7 @@ from offramp_hf.cache import CHUNK, GrowingLayer
 class Answers:
     """Heads with the statistics that are asked of them, and the readout; the last part of `replay` is the readout.
 
-    needs: statistics asked of every look; recorded: whether the device runs at once, so that Python between operations
-    is what costs (a recording saves it elsewhere too, but nobody measured it).
+    needs: statistics asked of every look.
     """
 
     def __init__(self, heads: Sequence[ExitHead], context: HeadContext, needs: frozenset[str]) -> None:
