@@ -16,7 +16,7 @@ from torch import Tensor
 import offramp
 from offramp._registry import lookup
 from offramp.cli import as_dict
-from offramp.clock import Early
+from offramp.clock import Clocked, Early, quartiles
 from offramp.errors import BadArgument
 from offramp.policy import SchedulePolicy
 from offramp.report import FORMAT
@@ -24,11 +24,9 @@ from offramp.report.curves import summary
 from offramp.report.scores import confusion, exit_scores
 from offramp.risks import losses
 from offramp.trace import UNLABELLED
-from offramp_hf import measure
 from offramp_hf.bench import origin
 from offramp_hf.classify import Batch, Plan, Study, plan, regated, study
 from offramp_hf.classify_tables import tables
-from offramp_hf.clock import Clocked
 from offramp_hf.demo import one_thread, step, timed_with_bar
 
 #: the policy whose certificate is shown, and which the calibrators are compared on: of those that need no training of
@@ -220,7 +218,7 @@ def on_the_clock(
             "seconds": sum(seconds),
             "rows_per_second": len(targets) / sum(seconds),
             "speedup": sum(spent) / sum(seconds),
-            "speedup_quartiles": measure.quartiles([a / b for a, b in zip(spent, seconds, strict=True)]),
+            "speedup_quartiles": quartiles([a / b for a, b in zip(spent, seconds, strict=True)]),
             "exits": {str(d): int((left == d).sum()) for d in left.unique().tolist()},
             "moved": int((left != depths).sum()),
             "live_accuracy": _accuracy(torch.cat([t.result[0] for t in mine]), targets),

@@ -15,9 +15,9 @@ from torch import Tensor
 
 import offramp
 from offramp.attach import Exits, find
+from offramp.clock import BlockClock
 from offramp.speculative import busiest
 from offramp_hf.bench import origin
-from offramp_hf.clock import BlockClock
 from offramp_hf.prepare import find_testbed, heldout, ids_of, load
 
 MODELS = ("pycode-5m-layerskip", "pycode-5m")

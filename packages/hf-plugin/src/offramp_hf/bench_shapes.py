@@ -14,11 +14,9 @@ from rich.table import Table
 from torch import Tensor
 
 import offramp
-from offramp.clock import Early
+from offramp.clock import Clocked, Early, Timed, interleaved, quartiles
 from offramp.policy import Evidence, ExitPolicy, State
-from offramp_hf import measure
 from offramp_hf.bench import origin
-from offramp_hf.clock import Clocked
 from offramp_hf.measure import Generate
 
 #: tokens of the prompt of `wide`: few, so that decoding is what is measured
@@ -47,7 +45,7 @@ def wide(width: int, blocks: int, new_tokens: int, repeats: int, console: Consol
                 policy = offramp.policy("fixed", depth=depth)
                 name = f"fixed {depth} {kv}"
                 ways[name] = Generate(name, model, new_tokens, policy, {"kv": kv}, arguments=free)
-        timed = measure.interleaved(ways, [ids] * repeats, warm=1)
+        timed = interleaved(ways, [ids] * repeats, warm=1)
     rows = []
     for name in list(ways)[3:]:
         depth = int(name.split()[1])
@@ -103,7 +101,7 @@ def encoder(width: int, batch: int, length: int, repeats: int, console: Console)
         early = Early(model, Evenly(len(ENCODER_AT)))
         clock = Clocked(exits.backbone.blocks, lambda one: model(**one))  # type: ignore[attr-defined]
         ways: dict[str, Any] = {"full": lambda one: model(**one), "clocked": clock, "evenly": early}
-        timed = measure.interleaved(ways, [inputs] * repeats, warm=2)
+        timed = interleaved(ways, [inputs] * repeats, warm=2)
     counts = [sum(r % len(ENCODER_AT) == i for r in range(batch)) for i in range(len(ENCODER_AT))]
     gone = [sum(n for n, d in zip(counts, ENCODER_AT, strict=True) if d <= b) / batch for b in range(12)]
     ideal = [sum(seconds * share for seconds, share in zip(one, gone, strict=True)) for one in clock.kept[-repeats:]]
@@ -131,7 +129,7 @@ def encoder_model(width: int, length: int) -> Any:
     return BertForSequenceClassification(config).eval()
 
 
-Times = Sequence[measure.Timed]
+Times = Sequence[Timed]
 
 
 def _row(name: str, full: Times, early: Times, ideal: Sequence[float], saved: float) -> dict[str, Any]:
@@ -148,7 +146,7 @@ def _row(name: str, full: Times, early: Times, ideal: Sequence[float], saved: fl
         "saved_seconds": middle(gains),
         "ideal_seconds": middle(ideal),
         "realised": middle(ratios),
-        "realised_quartiles": measure.quartiles(ratios),
+        "realised_quartiles": quartiles(ratios),
     }
 
 

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 import offramp
 from offramp.attach import find
+from offramp.clock import Clocked, interleaved
 from offramp.enable import Stats
 from offramp.errors import BadArgument
 from offramp_hf.bench import Ask, of_settings, origin, run
 from offramp_hf.bench_tables import details
-from offramp_hf.clock import Clocked
 from offramp_hf.demo import SWEEP, step, table
-from offramp_hf.measure import Generate, interleaved
+from offramp_hf.measure import Generate
 from offramp_hf.settings import Setting, parse_all
 
 #: name -> blocks, width, width of the feed-forward, query heads, key heads, vocabulary

@@ -84,9 +84,8 @@ def rows(
     tokens_per_second: all tokens over all seconds; speedup: its ratio to that of `base` (where the texts are identical,
     the ratio of the total times); busy: share of the time inside blocks, heads and readout, that is the speed as a
     share of its bound from the measured times of these; speedup_median and speedup_quartiles: of the ratios prompt by
-    prompt; identical: all
-    token ids of all prompts are equal; agreement: share of tokens that the full model chooses after the same text. Of
-    sampled text neither says anything: None.
+    prompt; identical: all token ids of all prompts are equal; agreement: share of tokens that the full model chooses
+    after the same text. Of sampled text neither says anything: None.
     """
     reference = timed[base]
     batch = prompts[0].shape[0]

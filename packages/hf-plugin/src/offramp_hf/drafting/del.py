@@ -22,23 +22,21 @@ class Del(DraftRule):
 
     length: longest draft considered; decay: of the counts, once per look at what all exits would have said; every:
     rounds between two such looks, 1 in the paper, None for as many as keep their price under 3 % of a round: heads are
-    not free, three of them cost a fourth of a token of a small model; prompt: last prompt tokens that the counts start
-    from. The stop threshold of an exit is the middle between its mean confidence where it was right
-    and where it was wrong. Paper: DEL, arXiv 2504.05598.
+    not free, three of them cost a fourth of a token of a small model. The stop threshold of an exit is the middle
+    between its mean confidence where it was right and where it was wrong. Paper: DEL, arXiv 2504.05598.
     """
 
     length: int = 18
     decay: float = 0.95
     every: int | None = None
-    prompt: int = 32
 
     exits = 2
     shadows = True
 
     def __post_init__(self) -> None:
-        for name, low in (("length", 1), ("every", 1), ("prompt", 0)):
-            if name != "every" or self.every is not None:
-                whole(name, getattr(self, name), low, "del")
+        whole("length", self.length, 1, "del")
+        if self.every is not None:
+            whole("every", self.every, 1, "del")
         share("decay", self.decay, "del")
 
     def start(self, setup: Setup) -> Table:
