@@ -7,9 +7,11 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 import offramp
 from offramp.enable import RUN
 from offramp.errors import BadArgument, NotAttached
+from offramp_diffusers import facts
+from offramp_diffusers.facts import ModelFacts, noise_level
 from offramp_diffusers.fit_schedule import fit_schedule
 from offramp_diffusers.policies.time_schedule import TimeSchedule, two_stage
-from offramp_diffusers.tune import ADAPTER, errors, tune
+from offramp_diffusers.tune import ADAPTER, errors, noised, tune
 
 
 @pytest.fixture
@@ -33,6 +35,29 @@ def test_tuning_helps_the_depth_it_trains(dit, data, scheduler):
     after = errors(dit, data, scheduler, 2, depths=[2, 6], rows=32, progress=False)
     assert (after[:, 0] < 0.5 * before[:, 0]).all() and len(report.losses) == 60
     assert report.parameters == sum(p.numel() for p in dit.parameters())
+
+
+@pytest.mark.parametrize("told", [{}, {"full": 1.0}, {"full": 1.0, "rising": True}])
+@pytest.mark.parametrize("count", [1000, 50])
+def test_a_flow_model_is_told_the_level_that_the_image_was_mixed_at(dit, monkeypatch, told, count):
+    kind = ModelFacts(("transformer_blocks",), **told)
+    monkeypatch.setitem(facts.MODELS, "DiTTransformer2DModel", kind)
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=count)
+    black = {"sample": torch.zeros(64, 4, 8, 8)}  # what is mixed with it is the noise times its share
+    between, draw = (0.0, 1000.0), torch.Generator().manual_seed(0)
+    given, wanted, levels = noised(black, torch.arange(64), scheduler, between, draw, dit)
+    share = (given["hidden_states"] / wanted).flatten(1).mean(1)
+    assert torch.allclose(levels, 1000 * share, atol=1e-2)
+    assert torch.allclose(noise_level(kind, {}, given["timestep"]).float(), 1000 * share, atol=1e-2)
+    sigmas = scheduler.sigmas.sort().values
+    assert all((sigmas - s).abs().min() < 1e-5 for s in share)
+
+
+@pytest.mark.parametrize("scheduler", [DDPMScheduler(), FlowMatchEulerDiscreteScheduler()])
+def test_the_noise_level_goes_where_the_data_is(dit, scheduler):
+    data, draw = {"sample": torch.zeros(4, 4, 8, 8, device="meta")}, torch.Generator().manual_seed(0)
+    given, _, _ = noised(data, torch.arange(4), scheduler, (0.0, 1000.0), draw, dit)
+    assert given["timestep"].device == given["hidden_states"].device
 
 
 def test_every_depth_is_drawn_without_a_schedule_and_the_run_is_repeatable(make, data):

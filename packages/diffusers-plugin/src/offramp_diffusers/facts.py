@@ -143,6 +143,11 @@ def block_facts(block: nn.Module) -> BlockFacts:
     return BlockFacts(*found)
 
 
+def full_of(facts: ModelFacts, config: Any) -> float:
+    """Return what this model is told at pure noise, or, where it counts up, for clean data."""
+    return facts.full * (float(config[facts.scaled_by]) if facts.scaled_by else 1.0)
+
+
 def noise_level(facts: ModelFacts, config: Any, given: Any) -> Tensor:
     """Return the noise level of every row, float [rows or 1] from 0 to 1000, on the host.
 
@@ -151,7 +156,7 @@ def noise_level(facts: ModelFacts, config: Any, given: Any) -> Tensor:
     """
     value = torch.as_tensor(given).detach().to("cpu", torch.float64)
     value = value.reshape(1) if value.dim() == 0 else value.flatten(1).amax(1) if value.dim() > 1 else value
-    full = facts.full * (float(config[facts.scaled_by]) if facts.scaled_by else 1.0)
+    full = full_of(facts, config)
     level = value / full * FULL
     # bfloat16 rounds 999 to 1000; NaN fails this comparison too
     if not bool(((level >= -0.5) & (level <= FULL + 2.5)).all()):
@@ -191,9 +196,10 @@ class Stream:
     names: tuple[str, ...]
 
     @classmethod
-    def of(cls, block: nn.Module) -> Stream:
-        """Return the stream of a block; raises `UnsupportedModel`."""
-        facts = block_facts(block)
+    def of(cls, block: nn.Module, facts: BlockFacts | None = None) -> Stream:
+        """Return the stream of a block, compiled or not; facts: None for those of its class; raises `UnsupportedModel`.
+        """
+        facts = block_facts(block) if facts is None else facts
         kind: Any = getattr(block, "_orig_mod", block)
         places = parameters(type(kind))
         if facts.argument not in places:

@@ -18,7 +18,7 @@ from offramp.errors import BadArgument, NotAttached, UnsupportedModel
 from offramp.loss import Loss
 from offramp.policy import SchedulePolicy
 from offramp.record import evaluating, track
-from offramp_diffusers.facts import FULL, model_facts, parameters
+from offramp_diffusers.facts import FULL, full_of, model_facts, parameters
 from offramp_diffusers.policies.time_schedule import TimeSchedule
 
 #: name of the adapter that LoRA-only tuning leaves on the model
@@ -116,34 +116,39 @@ def noised(
     data: Mapping[str, Tensor],
     rows: Tensor,
     scheduler: Any,
-    level: tuple[float, float],
+    between: tuple[float, float],
     generator: torch.Generator,
     model: Any,
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """Return (arguments of the model, what it should say, noise levels [rows]) for some rows of clean data."""
+    """Return (arguments of the model, what it should say, noise levels [rows]) for some rows of clean data.
+
+    between: the noise levels (from, to), 0 to 1000, that are drawn from evenly. Raises `BadArgument`.
+    """
     clean = data["sample"][rows]
     noise = torch.randn(clean.shape, generator=generator).to(clean)
     count = scheduler.config.num_train_timesteps
-    low, high = (min(count - 1, int(edge / FULL * count)) for edge in level)
+    low, high = (min(count - 1, int(edge / FULL * count)) for edge in between)
     times = torch.randint(low, max(low + 1, high), (len(rows),), generator=generator)
     kind = getattr(scheduler.config, "prediction_type", "flow")
     if hasattr(scheduler, "add_noise"):
+        level = times.float() / count
         mixed = scheduler.add_noise(clean, noise, times)
         wanted = {"epsilon": noise, "sample": clean}.get(kind)
         wanted = scheduler.get_velocity(clean, noise, times) if kind == "v_prediction" else wanted
     else:  # flow matching: a straight line from the image to noise
-        share = ((times + 1) / count).to(clean).view(-1, *[1] * (clean.dim() - 1))
+        level = (times + 1).float() / count  # a sigma, and the model is told the same one
+        share = level.to(clean).view(-1, *[1] * (clean.dim() - 1))
         mixed, wanted = (1 - share) * clean + share * noise, noise - clean
     if wanted is None:
         raise BadArgument(f"this scheduler predicts {kind!r}; known: epsilon, sample, v_prediction, flow matching")
     facts = model_facts(model)
-    told = times.float() / count
-    told = 1 - told if facts.rising else told
-    scale = facts.full * (float(model.config[facts.scaled_by]) if facts.scaled_by else 1.0)
+    scale = full_of(facts, getattr(model, "config", {}))
     given = {k: v[rows] for k, v in data.items() if k != "sample"}
     place = "hidden_states" if "hidden_states" in parameters(type(model)) else "sample"
-    stamp = told * scale if scale != FULL or facts.rising else times
-    return {place: mixed, str(facts.time): stamp, **given}, wanted, times.float() / count * FULL
+    stamp = (1 - level if facts.rising else level) * scale
+    if hasattr(scheduler, "add_noise") and scale == FULL and not facts.rising:
+        stamp = times  # as the scheduler counts, a whole number
+    return {place: mixed, str(facts.time): stamp.to(clean.device), **given}, wanted, level * FULL
 
 
 def predict(model: Any, given: Mapping[str, Any], like: Tensor) -> Tensor:
