@@ -12,6 +12,7 @@ from offramp_diffusers.facts import ModelFacts, noise_level
 from offramp_diffusers.fit_schedule import fit_schedule
 from offramp_diffusers.policies.time_schedule import TimeSchedule, two_stage
 from offramp_diffusers.tune import ADAPTER, errors, noised, tune
+from offramp_diffusers.tune_heads import tune_heads, tune_uncertainty
 
 
 @pytest.fixture
@@ -90,13 +91,16 @@ def test_measured_errors_are_those_of_the_depth(dit, data):
     assert run.stats.last_depths.tolist() == [plan.depths[2]] * 2
 
 
+BAD_DATA = [
+    ({}, "data must be"),
+    ({"sample": torch.zeros(0, 4, 8, 8)}, "data must be"),
+    ({"sample": torch.ones(8, 4, 8, 8), "class_labels": torch.zeros(3)}, "class_labels is no tensor of as many rows"),
+]
+
+
 def test_bad_input(dit, data):
     plan = TimeSchedule((2,))
-    for wrong, match in (
-        ({}, "data must be"),
-        ({"sample": torch.zeros(0, 4, 8, 8)}, "data must be"),
-        ({**data, "class_labels": torch.zeros(3)}, "class_labels is no tensor of as many rows"),
-    ):
+    for wrong, match in BAD_DATA:
         with pytest.raises(BadArgument, match=match):
             tune(dit, wrong, DDPMScheduler(), plan, steps=1, progress=False)
     with pytest.raises(BadArgument, match="steps=0 must be at least 1"):
@@ -105,3 +109,52 @@ def test_bad_input(dit, data):
         tune(dit, data, DDPMScheduler(), offramp.policy("never"), steps=1, progress=False)
     with offramp.enable(dit, plan), pytest.raises(NotAttached, match=r"run.disable\(\)"):
         tune(dit, data, DDPMScheduler(), plan, steps=1, progress=False)
+
+
+@pytest.mark.parametrize(("way", "head"), [(tune_heads, "bottleneck"), (tune_uncertainty, "uncertainty")])
+def test_heads_are_not_trained_on_what_is_no_data(dit, data, way, head):
+    offramp.attach(dit, at=[2], head=head)
+    for wrong, match in BAD_DATA:
+        with pytest.raises(BadArgument, match=match):
+            way(dit, wrong, DDPMScheduler(), steps=1, progress=False)
+    with pytest.raises(BadArgument, match="steps=0 must be at least 1"):
+        way(dit, data, DDPMScheduler(), steps=0, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"schedule": TimeSchedule((7,))}, "7 blocks are more than the 6 of this model"),
+        ({"schedule": offramp.policy("fixed", depth=2), "lora": 2}, "must be a time_schedule, or None"),
+        ({"schedule": TimeSchedule((7,)), "lora": 2}, "7 blocks are more than the 6 of this model"),
+        ({"lora": 0}, "lora=0 is the rank"),
+        ({"lora": 2, "ema": 1.0}, "ema=1.0 must be a decay"),
+    ],
+)
+def test_a_refusal_leaves_the_model_as_it_was(dit, data, marks, options, match):
+    before, flags = marks(dit), [p.requires_grad for p in dit.parameters()]
+    with pytest.raises(BadArgument, match=match):
+        tune(dit, data, DDPMScheduler(), **{"steps": 1, "batch_size": 2, "progress": False, **options})
+    assert marks(dit) == before and [p.requires_grad for p in dit.parameters()] == flags
+
+
+def test_no_place_for_an_adapter_is_a_bad_argument(dit, data, marks):
+    for block in dit.transformer_blocks:
+        attention = block.attn1
+        attention.q, attention.k, attention.v, attention.out = (
+            attention.to_q, attention.to_k, attention.to_v, attention.to_out
+        )  # fmt: skip
+        del attention.to_q, attention.to_k, attention.to_v, attention.to_out
+    before = marks(dit)
+    with pytest.raises(BadArgument, match="lora=2 trains attention projections called to_q, to_k"):
+        tune(dit, data, DDPMScheduler(), TimeSchedule((2,)), steps=1, lora=2, progress=False)
+    assert marks(dit) == before and all(p.requires_grad for p in dit.parameters())
+
+
+def test_a_loss_of_another_kind_is_refused(dit, data):
+    with pytest.raises(BadArgument, match=r"no method at\(said, wanted, level\); write loss='ase'"):
+        tune(dit, data, DDPMScheduler(), loss="uncertainty_layerwise", steps=1, progress=False)
+    offramp.attach(dit, at=[2], head="uncertainty")
+    wanted = r"no method estimated_at\(said, wanted, estimate\); write loss='uncertainty_layerwise'"
+    with pytest.raises(BadArgument, match=wanted):
+        tune_uncertainty(dit, data, DDPMScheduler(), loss="ase", steps=1, progress=False)

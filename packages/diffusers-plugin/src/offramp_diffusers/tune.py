@@ -16,7 +16,6 @@ from offramp.attach import RECORD
 from offramp.enable import RUN, enable
 from offramp.errors import BadArgument, NotAttached, UnsupportedModel
 from offramp.loss import Loss
-from offramp.policy import SchedulePolicy
 from offramp.record import evaluating, track
 from offramp_diffusers.facts import FULL, full_of, model_facts, parameters
 from offramp_diffusers.policies.time_schedule import TimeSchedule
@@ -38,7 +37,7 @@ def tune(
     model: Any,
     data: Mapping[str, Tensor],
     scheduler: Any,
-    schedule: SchedulePolicy | None = None,
+    schedule: TimeSchedule | None = None,
     *,
     loss: str | Loss = "ase",
     steps: int = 500,
@@ -60,17 +59,17 @@ def tune(
     this draws the level once per step and runs no block in vain.
     """
     model = part(model)
-    objective: Any = create(Loss, loss, **options) if isinstance(loss, str) else loss
-    depth = _check(model, data, steps, ema)
+    objective = objective_of(loss, options, "at", "level", "ase")
+    depth = _check(model, data, steps, ema, schedule)
     grads = {p: p.requires_grad for p in model.parameters()}
-    _prepare(model, lora)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    report = TuneReport(parameters=sum(p.numel() for p in weights))
-    optimiser = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
-    average = [w.detach().clone() for w in weights] if ema else None
     generator = torch.Generator().manual_seed(seed)
     started, training = time.perf_counter(), model.training
     try:
+        _prepare(model, lora)
+        weights = [p for p in model.parameters() if p.requires_grad]
+        report = TuneReport(parameters=sum(p.numel() for p in weights))
+        optimiser = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
+        average = [w.detach().clone() for w in weights] if ema else None
         model.train()
         for step in track(range(steps), "tune", progress, steps):
             optimiser.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / max(1, steps // 20))
@@ -94,6 +93,17 @@ def tune(
             p.requires_grad_(flag)
     report.seconds = time.perf_counter() - started
     return report
+
+
+def objective_of(loss: str | Loss, options: Mapping[str, Any], method: str, third: str, like: str) -> Any:
+    """Return the loss, made by name or given; raises `BadArgument` where it lacks the method that is called here."""
+    made = create(Loss, loss, **options) if isinstance(loss, str) else loss
+    if not callable(getattr(made, method, None)):
+        raise BadArgument(
+            f"loss={loss!r} cannot train this: it has no method {method}(said, wanted, {third}); write loss={like!r}, "
+            f"or give your own loss that method"
+        )
+    return made
 
 
 def one_loss(
@@ -175,7 +185,7 @@ def errors(
     depths are not chance. Raises as `tune`.
     """
     model = part(model)
-    total = _check(model, data, 1, 0.0)
+    total = _check(model, data, 1, 0.0, None)
     wanted_depths = list(range(1, total + 1)) if depths is None else list(depths)
     found = torch.zeros(bins, len(wanted_depths), dtype=torch.float64)
     with evaluating(model):
@@ -191,24 +201,34 @@ def errors(
     return found
 
 
-def _draw(schedule: SchedulePolicy | None, depth: int, generator: torch.Generator) -> tuple[Any, tuple[float, float]]:
+def _draw(schedule: TimeSchedule | None, depth: int, generator: torch.Generator) -> tuple[Any, tuple[float, float]]:
     """Return (the policy of one step, the noise levels it draws from): one bin, so that the whole batch is one depth.
     """
     if schedule is None:
         stop = int(torch.randint(1, depth + 1, (), generator=generator))
         return TimeSchedule((stop,)), (0.0, FULL)
-    if not isinstance(schedule, TimeSchedule):
-        raise BadArgument(f"schedule={schedule!r} must be a time_schedule, or None for every depth")
     cuts = (0.0, *schedule.cuts, FULL)
     at = float(torch.rand((), generator=generator)) * FULL
     index = max(i for i, cut in enumerate(cuts[:-1]) if cut <= at)
     return TimeSchedule((schedule.depths[index],)), (cuts[index], cuts[index + 1])
 
 
-def _check(model: Any, data: Mapping[str, Tensor], steps: int, ema: float) -> int:
+def _check(model: Any, data: Mapping[str, Tensor], steps: int, ema: float, schedule: Any) -> int:
     """Return the depth of the model; raises for what cannot be trained or measured so."""
     if RUN in model.__dict__ or RECORD in model.__dict__:
         raise NotAttached("tuning sets depths of its own; first: run.disable() and exits.detach()")
+    depth = check_data(model, data, steps)
+    if not 0 <= ema < 1:
+        raise BadArgument(f"ema={ema} must be a decay from 0 up to, not including, 1")
+    if schedule is not None and not isinstance(schedule, TimeSchedule):
+        raise BadArgument(f"schedule={schedule!r} must be a time_schedule, or None for every depth")
+    if schedule is not None:
+        schedule.windows(0.0, depth)  # refuses depths that the model does not have
+    return depth
+
+
+def check_data(model: Any, data: Mapping[str, Tensor], steps: int) -> int:
+    """Return the depth of the model; raises `UnsupportedModel`, and `BadArgument` for data nobody can train on."""
     backbone = adapt(model)
     if not backbone.timed:
         raise UnsupportedModel(f"calls of {type(model).__name__} carry no noise level, so it can have no schedule")
@@ -216,8 +236,8 @@ def _check(model: Any, data: Mapping[str, Tensor], steps: int, ema: float) -> in
         raise BadArgument('data must be {"sample": clean images [rows, ...], arguments of the model: [rows, ...]}')
     if odd := [k for k, v in data.items() if not isinstance(v, Tensor) or len(v) != len(data["sample"])]:
         raise BadArgument(f"data has {len(data['sample'])} samples, but {', '.join(odd)} is no tensor of as many rows")
-    if steps < 1 or not 0 <= ema < 1:
-        raise BadArgument(f"steps={steps} must be at least 1, and ema={ema} a decay from 0 up to, not including, 1")
+    if steps < 1:
+        raise BadArgument(f"steps={steps} must be at least 1")
     return backbone.depth
 
 
@@ -233,4 +253,8 @@ def _prepare(model: Any, lora: int | None) -> None:
         raise BadArgument(f"lora={lora!r} is the rank of the adapter: a whole number, at least 1")
     model.requires_grad_(False)
     config = LoraConfig(r=lora, lora_alpha=lora, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
-    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    try:
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    except ValueError as error:
+        wanted = "attention projections called to_q, to_k, to_v and to_out.0"
+        raise BadArgument(f"lora={lora} trains {wanted}: {error}") from error
