@@ -55,7 +55,7 @@ class ModelFacts:
     """How a denoiser is built. lists: its chains of blocks, in the order they run; reader: the module that reads the
     state after the last block; time: the argument that holds the noise level, None where there is none; full: its value
     at pure noise; scaled_by: a number in the config that it comes multiplied with; rising: whether it rises towards the
-    data instead.
+    data instead; long_skips: whether deep blocks also read states of shallow ones.
     """
 
     lists: tuple[str, ...]
@@ -64,10 +64,12 @@ class ModelFacts:
     full: float = FULL
     scaled_by: str | None = None
     rising: bool = False
+    long_skips: bool = False
 
 
 _TWO = ("transformer_blocks", "single_transformer_blocks")
 _ONE = ("transformer_blocks",)
+_UNET = ("down_blocks", "mid_block", "up_blocks")
 #: by class name, so that no model has to be imported to look one up; noise levels as diffusers' pipelines pass them
 MODELS: dict[str, ModelFacts] = {
     "DiTTransformer2DModel": ModelFacts(_ONE),
@@ -77,14 +79,14 @@ MODELS: dict[str, ModelFacts] = {
     "WanTransformer3DModel": ModelFacts(("blocks",)),
     "FluxTransformer2DModel": ModelFacts(_TWO, full=1.0),
     "QwenImageTransformer2DModel": ModelFacts(_ONE, full=1.0),
-    "HunyuanDiT2DModel": ModelFacts(("blocks",)),
+    "HunyuanDiT2DModel": ModelFacts(("blocks",), long_skips=True),
     "HunyuanVideoTransformer3DModel": ModelFacts(_TWO),
     "CogVideoXTransformer3DModel": ModelFacts(_ONE, reader="norm_final"),
     "LTXVideoTransformer3DModel": ModelFacts(_ONE),
     "Lumina2Transformer2DModel": ModelFacts(("layers",), full=1.0, rising=True),
     "AuraFlowTransformer2DModel": ModelFacts(("joint_transformer_blocks", "single_transformer_blocks"), full=1.0),
-    "UNet2DModel": ModelFacts(("down_blocks", "mid_block", "up_blocks"), reader="conv_norm_out"),
-    "UNet2DConditionModel": ModelFacts(("down_blocks", "mid_block", "up_blocks"), reader="conv_norm_out"),
+    "UNet2DModel": ModelFacts(_UNET, reader="conv_norm_out", long_skips=True),
+    "UNet2DConditionModel": ModelFacts(_UNET, reader="conv_norm_out", long_skips=True),
     "UVit2DModel": ModelFacts(("transformer_layers",), reader="project_from_hidden_norm", time=None),
 }
 #: block classes that diffusers' own table lacks
@@ -168,13 +170,9 @@ def noise_level(facts: ModelFacts, config: Any, given: Any) -> Tensor:
     return FULL - level if facts.rising else level
 
 
+@cache  # asked at every call of a model, and a class's signature does not change
 def parameters(cls: Any) -> dict[str, int]:
     """Return the place of every argument of the class's forward; `self` has -1."""
-    return _places(cls)
-
-
-@cache  # asked at every call of a model, and a class's signature does not change
-def _places(cls: Any) -> dict[str, int]:
     return {name: place - 1 for place, name in enumerate(inspect.signature(cls.forward).parameters)}
 
 
@@ -201,7 +199,7 @@ class Stream:
         """
         facts = block_facts(block) if facts is None else facts
         kind: Any = getattr(block, "_orig_mod", block)
-        places = parameters(type(kind))
+        places = parameters(type(kind))  # type: ignore[arg-type]  # mypy: type[Any] is not Hashable
         if facts.argument not in places:
             raise UnsupportedModel(
                 f"{type(kind).__name__} takes no argument {facts.argument!r} (it takes {', '.join(places)}); "
