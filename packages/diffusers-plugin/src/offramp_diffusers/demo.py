@@ -57,13 +57,14 @@ class Way:
     threshold: float | None = None
 
     @contextmanager
-    def on(self) -> Iterator[Any]:
-        """Switch it on; yields the run, None where all blocks run. The cache goes on top of the exits."""
+    def on(self) -> Iterator[None]:
+        """Switch it on; the cache goes on top of the exits."""
         with ExitStack() as stack:
-            run = stack.enter_context(enable(self.model, self.schedule or "never")) if self.schedule else None
+            if self.schedule is not None:
+                stack.enter_context(enable(self.model, self.schedule))
             if self.threshold is not None:
                 stack.enter_context(first_block_cache(self.model, self.threshold))
-            yield run
+            yield
 
 
 @dataclass
@@ -89,7 +90,7 @@ def run(folder: Path, quick: bool, console: Console) -> dict[str, Any]:
     study = train(plan, console)
     with step(console, "choose thresholds for the cache at equal quality"):
         choose_thresholds(study, plan)
-    with step(console, f"sample with {len(SOLVERS)} solvers, {len(study.ways)} ways each"):
+    with step(console, f"sample with {len(_solvers())} solvers, {len(study.ways)} ways each"):
         measure(study, plan)
     body = body_of(study, plan, time.perf_counter() - started)
     write_text(folder / "report.json", dump_json(body))
@@ -149,17 +150,13 @@ def _solvers() -> dict[str, Callable[[], Any]]:
     }
 
 
-SOLVERS = ("DDIM", "DPM-Solver++", "UniPC")
-
-
 def measure(study: Study, plan: Plan) -> None:
     """Sample every way with every solver, each solver from noise of its own, the ways of one solver from the same."""
-    made = _solvers()
-    for seed, name in enumerate(SOLVERS):
+    for seed, (name, solver) in enumerate(_solvers().items()):
         for way in study.ways:
             counter = Blocks(way.model)
             with way.on(), counter:
-                images, wanted, seconds = digits.sample(way.model, made[name](), plan.solver, plan.rows, seed)
+                images, wanted, seconds = digits.sample(way.model, solver(), plan.solver, plan.rows, seed)
             distance, accuracy = digits.quality(study.judge, images, wanted, study.images)
             study.rows.append(
                 {
@@ -174,7 +171,7 @@ def measure(study: Study, plan: Plan) -> None:
 def choose_thresholds(study: Study, plan: Plan) -> None:
     """Give each way with a cache the boldest threshold at which it is as good as the full model; the mildest where none
     is."""
-    made, seed = _solvers()[SOLVERS[0]], 1000
+    made, seed = next(iter(_solvers().values())), 1000
 
     def distance(way: Way) -> float:
         with way.on():

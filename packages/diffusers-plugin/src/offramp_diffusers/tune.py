@@ -154,7 +154,8 @@ def noised(
     facts = model_facts(model)
     scale = full_of(facts, getattr(model, "config", {}))
     given = {k: v[rows] for k, v in data.items() if k != "sample"}
-    place = "hidden_states" if "hidden_states" in parameters(type(model)) else "sample"
+    names = parameters(type(model))  # type: ignore[arg-type]  # mypy: type[Any] is not Hashable
+    place = "hidden_states" if "hidden_states" in names else "sample"
     stamp = (1 - level if facts.rising else level) * scale
     if hasattr(scheduler, "add_noise") and scale == FULL and not facts.rising:
         stamp = times  # as the scheduler counts, a whole number

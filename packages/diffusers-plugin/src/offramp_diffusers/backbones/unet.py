@@ -9,7 +9,6 @@ from torch import nn
 
 from offramp.backbone import Observed, Tap
 from offramp.errors import BadArgument, UnsupportedModel
-from offramp.head import HeadContext
 from offramp_diffusers.backbones.transformer import TransformerBackbone
 from offramp_diffusers.facts import BlockFacts, Stream, model_facts
 
@@ -60,11 +59,6 @@ class UNetBackbone(TransformerBackbone):
             layout = f"batch channel height/{factor} width/{factor}"
             found.append(Tap(self.names[self.first - 1 + i], self.first + i, _channels(block), layout))
         return found
-
-    def context(self) -> HeadContext:
-        """Return a readout that hands on the state; `width` is what the output layers read."""
-        context = super().context()
-        return HeadContext(context.norm, context.projection, context.finish, self.width, self.width)
 
     def observe(self, batch: Any, depths: Sequence[int], whole: bool = False) -> Observed:
         """Refuse: states of a U-Net have no rows of one width."""
