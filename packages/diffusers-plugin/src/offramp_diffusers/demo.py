@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -14,10 +12,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from torch import Tensor, nn
 
-import offramp
+from offramp.cli import dump_json, step
+from offramp.clock import origin
 from offramp.enable import enable
 from offramp_diffusers import digits
 from offramp_diffusers._compat import first_block_cache
@@ -83,7 +81,6 @@ class Study:
 def run(folder: Path, quick: bool, console: Console) -> dict[str, Any]:
     """Write report.json and report.html into `folder`, and return what the JSON holds."""
     from offramp.checkpoint import write_text
-    from offramp.cli import dump_json
     from offramp_diffusers.page import html
 
     started, plan = time.perf_counter(), QUICK if quick else Plan()
@@ -222,11 +219,8 @@ def body_of(study: Study, plan: Plan, seconds: float) -> dict[str, Any]:
     return {
         "format": 1,
         "title": "offramp demo diffusion",
-        "command": "offramp demo diffusion",
+        **origin("offramp demo diffusion" + (" --quick" if plan == QUICK else ""), "diffusers"),
         "model": f"DiT, {study.errors.shape[1]} blocks, trained here on scikit-learn's digits",
-        "machine": f"{os.cpu_count()} cores, CPU ({platform.machine()}), {torch.get_num_threads()} threads",
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": {"offramp": offramp.__version__, "torch": torch.__version__},
         "seconds": seconds,
         "samples": plan.rows,
         "solver_steps": plan.solver,
@@ -246,12 +240,3 @@ def _mean(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         found[key] = sum(r[key] for r in rows) / len(rows)
     found["frechet_by_seed"] = [r["frechet"] for r in rows]
     return found
-
-
-@contextmanager
-def step(console: Console, what: str) -> Iterator[None]:
-    """Say what begins, and how long it took."""
-    console.print(f"[bold]{escape(what)}[/]")
-    start = time.perf_counter()
-    yield
-    console.print(f"  [dim]{time.perf_counter() - start:.1f} s[/]")

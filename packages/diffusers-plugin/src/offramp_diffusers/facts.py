@@ -12,10 +12,8 @@ from torch import Tensor, nn
 
 from offramp.blocks import Call
 from offramp.errors import BadArgument, UnsupportedModel
+from offramp.policy import FULL
 from offramp_diffusers._compat import block_metadata
-
-#: noise levels are told on the scale of the DDPM paper, 0 (data) to 1000 (noise), whatever a model counts in
-FULL = 1000.0
 
 
 @dataclass(frozen=True)

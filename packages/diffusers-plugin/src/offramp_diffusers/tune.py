@@ -16,8 +16,9 @@ from offramp.attach import RECORD
 from offramp.enable import RUN, enable
 from offramp.errors import BadArgument, NotAttached, UnsupportedModel
 from offramp.loss import Loss
+from offramp.policy import FULL
 from offramp.record import evaluating, track
-from offramp_diffusers.facts import FULL, full_of, model_facts, parameters
+from offramp_diffusers.facts import full_of, model_facts, parameters
 from offramp_diffusers.policies.time_schedule import TimeSchedule
 
 #: name of the adapter that LoRA-only tuning leaves on the model

@@ -16,8 +16,8 @@ from offramp.attach import Exits, find
 from offramp.enable import enable
 from offramp.errors import BadArgument
 from offramp.loss import Loss
+from offramp.policy import FULL
 from offramp.record import evaluating, track
-from offramp_diffusers.facts import FULL
 from offramp_diffusers.tune import TuneReport, check_data, noised, objective_of, one_loss, predict
 
 

@@ -17,10 +17,12 @@ from offramp.engine import LOGITS
 from offramp.errors import BadArgument, UnsupportedModel
 from offramp.gating import gate_of
 from offramp.head import HeadContext
-from offramp.policy import ExitPolicy, SchedulePolicy
+from offramp.options import refuse_generation
+from offramp.policy import FULL, ExitPolicy, SchedulePolicy
 from offramp_diffusers import _compat
 from offramp_diffusers.denoise import Denoise
 from offramp_diffusers.facts import ModelFacts, Stream, argument, model_facts, noise_level
+from offramp_diffusers.policies.time_schedule import TimeSchedule, blocks
 
 #: statistics of a prediction, and what is trained on them
 NOT_HERE = LOGITS | {"gate"}
@@ -155,9 +157,7 @@ class TransformerBackbone(Backbone):
     def drive(self, run: Run) -> Undo:
         """Let the state skip the remaining blocks; raises `BadArgument` for what a denoiser cannot do."""
         kind = type(self.model).__name__
-        for name, plain in (("verify", False), ("draft", None), ("kv", "catch_up"), ("rollback", None)):
-            if (given := getattr(run.options, name)) != plain:
-                raise BadArgument(f"{name}={given!r} is for models that generate tokens; {kind} does not: leave it out")
+        refuse_generation(run.options, f"{kind} answers once per call")
         if run.exits.at and run.exits.head not in self.heads:
             raise BadArgument(
                 f"heads {run.exits.head!r} would not be used: at an exit of {kind} the model's own output layers read "
@@ -175,8 +175,7 @@ class TransformerBackbone(Backbone):
                 f'head="uncertainty" and train them: offramp_diffusers.tune_heads.tune_uncertainty(model, ...)'
             )
         if isinstance(run.policy, SchedulePolicy) and (run.exits.head == "bottleneck" or self.uniform):
-            asked = {run.policy.windows(float(level), self.depth)[0][1] for level in range(1001)} - {self.depth}
-            if bare := sorted(asked - set(run.exits.at)):
+            if bare := sorted(_stops(run.policy, self.depth) - {self.depth} - set(run.exits.at)):
                 raise BadArgument(
                     f"the schedule stops at {bare}, where no head was attached (exits at {list(run.exits.at)}); attach "
                     f"one at each of its depths"
@@ -234,6 +233,13 @@ def _fitting(run: Run) -> list[str]:
         if not _missing(example) and not (isinstance(example, SchedulePolicy) and not example.timed):
             found.append(name)
     return found
+
+
+def _stops(policy: SchedulePolicy, depth: int) -> set[int]:
+    """Return the depths at which a schedule stops, of a model of `depth` blocks."""
+    if isinstance(policy, TimeSchedule):
+        return {blocks(given, depth) for given in policy.depths}
+    return {policy.windows(float(level), depth)[0][1] for level in range(int(FULL) + 1)}  # a third party's: by asking
 
 
 def _missing(policy: ExitPolicy) -> list[str]:
