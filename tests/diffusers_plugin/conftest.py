@@ -252,6 +252,12 @@ FAMILIES = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def families():
+    """The names of all families."""
+    return list(FAMILIES)
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request):
     """A small model of every family with shaken weights, and a function that makes a batch of `n` rows for it."""

@@ -24,6 +24,7 @@ def test_the_demo_writes_one_page_that_needs_nothing_else(made):
     page = (folder / "report.html").read_text()
     assert json.loads((folder / "report.json").read_text())["ways"][0]["name"] == "full"
     assert page.count("data:image/png;base64,") == len(body["ways"]) and "http" not in page.replace("xmlns", "")
+    assert body["command"] == "offramp demo diffusion --quick" and "diffusers" in body["machine"]
     assert "no ImageNet FID" in summary(body) and "<script" not in page
 
 
@@ -55,6 +56,7 @@ def test_ways_of_one_seed_start_from_the_same_noise():
 def test_the_bench_measures_the_shape_it_is_asked_for():
     body = bench.run(["dit"], rounds=1, width=64, side=8)
     (row,) = body["rows"]
+    assert body["command"] == "offramp bench diffusion --shape dit --rounds 1" and "diffusers" in body["machine"]
     assert row["name"] == "dit" and row["full_ms"] > row["short_ms"] > 0 and body["overhead_us"] < 200
     with pytest.raises(BadArgument, match="no shape is called sdxl; known: dit, pixart"):
         bench.run(["sdxl"])

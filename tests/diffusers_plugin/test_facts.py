@@ -14,6 +14,16 @@ from offramp.testing.backbones import check_backbone
 from offramp_diffusers import facts
 from offramp_diffusers.facts import BlockFacts, ModelFacts, block_facts, declare, model_facts, noise_level
 
+#: families whose blocks read one state, and those whose blocks read more, and what
+ONE_STATE = ("dit_family", "pixart", "sana", "wan", "ltx", "uvit", "lumina2")
+MORE = {
+    **dict.fromkeys(("sd3", "flux", "qwenimage", "hunyuanvideo", "cogvideox", "auraflow"), "the text's state"),
+    "hunyuandit": r"states of earlier blocks \(long skips\)",
+}
+#: families whose calls carry no noise level, and the others
+UNTIMED = ("uvit",)
+TIMED = [name for name in (*ONE_STATE, *MORE) if name not in UNTIMED]
+
 
 def said(model, batch):
     with torch.no_grad():
@@ -86,11 +96,10 @@ def test_undo_is_exact_and_never_changes_nothing(family, marks):
     assert marks(model) == before
 
 
+@pytest.mark.parametrize("family", TIMED, indirect=True)
 def test_rows_with_depths_of_their_own_are_those_rows_alone(family):
     model, batch = family
     kind = model_facts(model)
-    if kind.time is None:
-        pytest.skip("its calls carry no noise level")
     given, depth = batch(3), adapt(model).depth
     scale = kind.full * (model.config[kind.scaled_by] if kind.scaled_by else 1)
     levels = torch.tensor([0.1, 0.9, 0.5]) if not kind.rising else torch.tensor([0.9, 0.1, 0.5])
@@ -102,6 +111,13 @@ def test_rows_with_depths_of_their_own_are_those_rows_alone(family):
     for row, depth in enumerate(run.stats.last_depths.tolist()):
         whole = said(cut(model, depth), given)
         assert torch.allclose(together[row], whole[row], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", UNTIMED, indirect=True)
+def test_a_model_without_noise_levels_has_no_schedule(family):
+    model, _ = family
+    with pytest.raises(BadArgument, match="calls of UVit2DModel carry none"):
+        offramp.enable(model, "time_schedule", depths=(2,))
 
 
 def test_deep_copies_are_exact_and_independent(family):
@@ -118,14 +134,32 @@ def test_deep_copies_are_exact_and_independent(family):
     exits.detach()
 
 
-def test_the_backbone_keeps_its_contract_where_there_is_one_stream(family):
+def test_every_family_is_of_one_kind_or_the_other(families):
+    assert sorted([*TIMED, *UNTIMED]) == sorted([*ONE_STATE, *MORE]) == sorted(families)
+
+
+@pytest.mark.parametrize("family", ONE_STATE, indirect=True)
+def test_the_backbone_keeps_its_contract_where_blocks_read_one_state(family):
     model, batch = family
-    backbone = adapt(model)
-    if any(stream.facts.state is not None for stream in backbone.streams) or len(model_facts(model).lists) > 1:
-        pytest.skip("a window cannot start in the middle without the text's state")
-    if type(model).__name__ in ("HunyuanDiT2DModel", "Lumina2Transformer2DModel"):
-        pytest.skip("long skips, or text in front of the image: the last state is not what a window starts from")
-    check_backbone(backbone, batch(2))
+    check_backbone(adapt(model), batch(2))
+
+
+@pytest.mark.parametrize(("family", "what"), MORE.items(), indirect=["family"])
+def test_no_window_starts_in_the_middle_where_blocks_read_more(family, what):
+    model, batch = family
+    backbone, given = adapt(model), batch(2)
+    full, depth = said(model, given), backbone.depth
+    for start in (1, depth - 1):
+        with (
+            pytest.raises(BadArgument, match=f"blocks of this model also read {what}, which no window hands on"),
+            backbone.window(start, depth, torch.zeros(2, 4, backbone.width)),
+        ):
+            said(model, given)
+    with backbone.window(0, depth) as kept:
+        assert torch.equal(said(model, given), full)
+    with backbone.window(depth, depth, kept["hidden"]):
+        assert torch.allclose(said(model, given), full, rtol=1e-4, atol=1e-5)
+    assert torch.equal(said(model, given), full)
 
 
 def test_strangers_are_declared_in_one_call(family, monkeypatch):

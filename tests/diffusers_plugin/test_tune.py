@@ -7,9 +7,12 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 import offramp
 from offramp.enable import RUN
 from offramp.errors import BadArgument, NotAttached
+from offramp_diffusers import facts
+from offramp_diffusers.facts import ModelFacts, noise_level
 from offramp_diffusers.fit_schedule import fit_schedule
 from offramp_diffusers.policies.time_schedule import TimeSchedule, two_stage
-from offramp_diffusers.tune import ADAPTER, errors, tune
+from offramp_diffusers.tune import ADAPTER, errors, noised, tune
+from offramp_diffusers.tune_heads import tune_heads, tune_uncertainty
 
 
 @pytest.fixture
@@ -33,6 +36,29 @@ def test_tuning_helps_the_depth_it_trains(dit, data, scheduler):
     after = errors(dit, data, scheduler, 2, depths=[2, 6], rows=32, progress=False)
     assert (after[:, 0] < 0.5 * before[:, 0]).all() and len(report.losses) == 60
     assert report.parameters == sum(p.numel() for p in dit.parameters())
+
+
+@pytest.mark.parametrize("told", [{}, {"full": 1.0}, {"full": 1.0, "rising": True}])
+@pytest.mark.parametrize("count", [1000, 50])
+def test_a_flow_model_is_told_the_level_that_the_image_was_mixed_at(dit, monkeypatch, told, count):
+    kind = ModelFacts(("transformer_blocks",), **told)
+    monkeypatch.setitem(facts.MODELS, "DiTTransformer2DModel", kind)
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=count)
+    black = {"sample": torch.zeros(64, 4, 8, 8)}  # what is mixed with it is the noise times its share
+    between, draw = (0.0, 1000.0), torch.Generator().manual_seed(0)
+    given, wanted, levels = noised(black, torch.arange(64), scheduler, between, draw, dit)
+    share = (given["hidden_states"] / wanted).flatten(1).mean(1)
+    assert torch.allclose(levels, 1000 * share, atol=1e-2)
+    assert torch.allclose(noise_level(kind, {}, given["timestep"]).float(), 1000 * share, atol=1e-2)
+    sigmas = scheduler.sigmas.sort().values
+    assert all((sigmas - s).abs().min() < 1e-5 for s in share)
+
+
+@pytest.mark.parametrize("scheduler", [DDPMScheduler(), FlowMatchEulerDiscreteScheduler()])
+def test_the_noise_level_goes_where_the_data_is(dit, scheduler):
+    data, draw = {"sample": torch.zeros(4, 4, 8, 8, device="meta")}, torch.Generator().manual_seed(0)
+    given, _, _ = noised(data, torch.arange(4), scheduler, (0.0, 1000.0), draw, dit)
+    assert given["timestep"].device == given["hidden_states"].device
 
 
 def test_every_depth_is_drawn_without_a_schedule_and_the_run_is_repeatable(make, data):
@@ -65,13 +91,16 @@ def test_measured_errors_are_those_of_the_depth(dit, data):
     assert run.stats.last_depths.tolist() == [plan.depths[2]] * 2
 
 
+BAD_DATA = [
+    ({}, "data must be"),
+    ({"sample": torch.zeros(0, 4, 8, 8)}, "data must be"),
+    ({"sample": torch.ones(8, 4, 8, 8), "class_labels": torch.zeros(3)}, "class_labels is no tensor of as many rows"),
+]
+
+
 def test_bad_input(dit, data):
     plan = TimeSchedule((2,))
-    for wrong, match in (
-        ({}, "data must be"),
-        ({"sample": torch.zeros(0, 4, 8, 8)}, "data must be"),
-        ({**data, "class_labels": torch.zeros(3)}, "class_labels is no tensor of as many rows"),
-    ):
+    for wrong, match in BAD_DATA:
         with pytest.raises(BadArgument, match=match):
             tune(dit, wrong, DDPMScheduler(), plan, steps=1, progress=False)
     with pytest.raises(BadArgument, match="steps=0 must be at least 1"):
@@ -80,3 +109,52 @@ def test_bad_input(dit, data):
         tune(dit, data, DDPMScheduler(), offramp.policy("never"), steps=1, progress=False)
     with offramp.enable(dit, plan), pytest.raises(NotAttached, match=r"run.disable\(\)"):
         tune(dit, data, DDPMScheduler(), plan, steps=1, progress=False)
+
+
+@pytest.mark.parametrize(("way", "head"), [(tune_heads, "bottleneck"), (tune_uncertainty, "uncertainty")])
+def test_heads_are_not_trained_on_what_is_no_data(dit, data, way, head):
+    offramp.attach(dit, at=[2], head=head)
+    for wrong, match in BAD_DATA:
+        with pytest.raises(BadArgument, match=match):
+            way(dit, wrong, DDPMScheduler(), steps=1, progress=False)
+    with pytest.raises(BadArgument, match="steps=0 must be at least 1"):
+        way(dit, data, DDPMScheduler(), steps=0, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"schedule": TimeSchedule((7,))}, "7 blocks are more than the 6 of this model"),
+        ({"schedule": offramp.policy("fixed", depth=2), "lora": 2}, "must be a time_schedule, or None"),
+        ({"schedule": TimeSchedule((7,)), "lora": 2}, "7 blocks are more than the 6 of this model"),
+        ({"lora": 0}, "lora=0 is the rank"),
+        ({"lora": 2, "ema": 1.0}, "ema=1.0 must be a decay"),
+    ],
+)
+def test_a_refusal_leaves_the_model_as_it_was(dit, data, marks, options, match):
+    before, flags = marks(dit), [p.requires_grad for p in dit.parameters()]
+    with pytest.raises(BadArgument, match=match):
+        tune(dit, data, DDPMScheduler(), **{"steps": 1, "batch_size": 2, "progress": False, **options})
+    assert marks(dit) == before and [p.requires_grad for p in dit.parameters()] == flags
+
+
+def test_no_place_for_an_adapter_is_a_bad_argument(dit, data, marks):
+    for block in dit.transformer_blocks:
+        attention = block.attn1
+        attention.q, attention.k, attention.v, attention.out = (
+            attention.to_q, attention.to_k, attention.to_v, attention.to_out
+        )  # fmt: skip
+        del attention.to_q, attention.to_k, attention.to_v, attention.to_out
+    before = marks(dit)
+    with pytest.raises(BadArgument, match="lora=2 trains attention projections called to_q, to_k"):
+        tune(dit, data, DDPMScheduler(), TimeSchedule((2,)), steps=1, lora=2, progress=False)
+    assert marks(dit) == before and all(p.requires_grad for p in dit.parameters())
+
+
+def test_a_loss_of_another_kind_is_refused(dit, data):
+    with pytest.raises(BadArgument, match=r"no method at\(said, wanted, level\); write loss='ase'"):
+        tune(dit, data, DDPMScheduler(), loss="uncertainty_layerwise", steps=1, progress=False)
+    offramp.attach(dit, at=[2], head="uncertainty")
+    wanted = r"no method estimated_at\(said, wanted, estimate\); write loss='uncertainty_layerwise'"
+    with pytest.raises(BadArgument, match=wanted):
+        tune_uncertainty(dit, data, DDPMScheduler(), loss="ase", steps=1, progress=False)

@@ -17,10 +17,12 @@ SMALL = "mobilenetv3_small_050"
 
 def test_the_command_counts_what_left(tmp_path):
     out = tmp_path / "bench.json"
-    words = f"bench vision --model {SMALL} --batch 1 --batch 4 --repeats 1 --json {out}"
+    words = f"bench vision --model {SMALL} --batch 1 --batch 4 --head conv --repeats 1 --json {out}"
     said = CliRunner().invoke(build(), words.split())
     assert said.exit_code == 0, said.output
-    one, four = json.loads(out.read_text())["shapes"]
+    body = json.loads(out.read_text())
+    one, four = body["shapes"]
+    assert body["command"] == f"offramp bench vision --model {SMALL} --batch 1 --batch 4 --head conv --repeats 1"
     assert one["blocks_saved"] == pytest.approx(6 / 12) and four["blocks_saved"] == pytest.approx((9 + 6 + 3) / 48)
     for row in (one, four):
         assert 0 < row["ideal_seconds"] < row["seconds_full"] and 0 < row["heads_seconds"] < row["seconds_full"]
@@ -32,7 +34,7 @@ def test_images_leave_as_planned():
     with offramp.attach(model, AT, "pooled_linear") as exits, offramp.enable(model, Evenly()) as run:
         model(torch.randn(8, 3, 32, 32))
         assert run.stats.exits == {3: 2, 6: 2, 9: 2, 12: 2}
-        ran = sum(1 - share for share in _gone(8, exits))
+        ran = sum(1 - share for share in _gone(run.stats.last_depths, exits.backbone.depth))
     assert run.stats.blocks_run == pytest.approx(8 * ran)
 
 

@@ -82,7 +82,7 @@ def test_attach_leaves_modes_and_random_numbers_alone(make):
     assert model.training and model.blocks.training and not model.norm.training
 
 
-@pytest.mark.parametrize("option", [{"verify": True}, {"draft": 4}, {"kv": "propagate"}])
+@pytest.mark.parametrize("option", [{"verify": True}, {"draft": 4}, {"kv": "propagate"}, {"window": 5}])
 def test_options_of_generation_are_refused(option, model, x, marks):
     offramp.attach(model, at=[2])
     before = marks(model)

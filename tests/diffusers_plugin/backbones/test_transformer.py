@@ -233,6 +233,8 @@ def test_what_has_no_meaning_here_is_refused(dit, batch):
     exits = offramp.attach(dit, AT, head="passthrough")
     with pytest.raises(BadArgument, match="verify=True is for models that generate"):
         offramp.enable(dit, "fixed", depth=2, verify=True)
+    with pytest.raises(BadArgument, match="window=5 is for models that generate"):
+        offramp.enable(dit, "fixed", depth=2, window=5)
     with pytest.raises(BadArgument, match="nothing to record or to fit"):
         offramp.record(dit, [batch])
     with pytest.raises(BadArgument):

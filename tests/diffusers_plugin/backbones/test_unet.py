@@ -105,6 +105,19 @@ def test_never_and_a_schedule_that_runs_everything_change_nothing(unet):
             assert torch.equal(said(model, batch), full)
 
 
+def test_compiled_blocks_leave_as_the_others_do(unet):
+    model, batch = unet
+    depth = depths(model)[-1]
+    with offramp.attach(model, at=[depth], head="upsample"), offramp.enable(model, "fixed", depth=depth):
+        plain_says = said(model, batch)
+    for blocks in (model.down_blocks, model.up_blocks):
+        for i, block in enumerate(blocks):
+            blocks[i] = torch.compile(block, backend="eager")
+    with offramp.attach(model, at=[depth], head="upsample"), offramp.enable(model, "fixed", depth=depth) as run:
+        assert torch.allclose(said(model, batch), plain_says, atol=1e-5)
+    assert run.stats.last_depths.tolist() == [depth] * 2
+
+
 def test_heads_are_trained_and_the_model_is_not(unet):
     model, batch = unet
     before = copy.deepcopy(model.state_dict())

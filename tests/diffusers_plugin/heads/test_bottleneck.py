@@ -65,3 +65,9 @@ def test_save_and_load(dit, make, batch, tmp_path):
     exits.save(tmp_path)
     again = offramp.load(make(), tmp_path)
     assert torch.equal(again[2].up.weight, exits[2].up.weight)
+
+
+def test_a_bin_between_two_whole_levels_needs_its_head_too(dit):
+    offramp.attach(dit, at=[2], head="bottleneck", r=4)
+    with pytest.raises(BadArgument, match=r"stops at \[4\], where no head was attached"):
+        offramp.enable(dit, "time_schedule", depths=(6, 4, 2), edges=(500.2, 500.7))

@@ -90,7 +90,7 @@ def test_both_published_forms():
     for form, whose in (("estimate", u[0]), ("target", target)):
         loss = create(Loss, "uncertainty_layerwise", form=form)
         wish = (u[0] - target) ** 2 + (1 - whose) * 0.25
-        assert float(loss.at(said, wanted, u)) == pytest.approx(float(wish))
+        assert float(loss.estimated_at(said, wanted, u)) == pytest.approx(float(wish))
     with pytest.raises(BadArgument, match="form 'both' is not one of"):
         create(Loss, "uncertainty_layerwise", form="both")
     with pytest.raises(BadArgument, match="trusted must be a weight"):

@@ -117,6 +117,9 @@ def test_what_heads_refuse(model):
         offramp.attach(model, [1], "local_perception", form="c")
     with pytest.raises(BadArgument, match="stride 5.*from 1 to 4"):
         offramp.attach(model, [1], "global_aggregation", stride=5)
+    for heads in (0, -4, 2.0, True):
+        with pytest.raises(BadArgument, match=f"heads {heads} must be a whole number from 1 on"):
+            offramp.attach(model, [1], "global_aggregation", heads=heads)
     offramp.attach(model, [1, 2], "pooled_linear")
     with pytest.raises(BadArgument, match="compares the states of neighbouring exits"):
         offramp.enable(model, "saturation", threshold=0.9)

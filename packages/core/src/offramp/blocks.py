@@ -159,6 +159,19 @@ class Chain:
             hidden = call.hidden.new_zeros(()).expand(call.hidden.shape[0], *self.shapes[index])
         return call.skip(hidden)
 
+    def run(self, index: int, call: Call, hidden: Tensor | None = None) -> Any:
+        """Run block `index`, on `hidden` where that is its incoming state: what runs between blocks that change the
+        shape has made the incoming state of it already."""
+        return call.run(hidden if index == 0 or self.shapes is None else None)
+
+    def incoming(self, index: int, call: Call) -> Tensor:
+        """Return the state that comes into block `index`."""
+        return call.hidden
+
+    def outgoing(self, index: int, output: Any) -> Tensor:
+        """Return the state in what block `index` returned."""
+        return state_of(output)
+
     def reset(self) -> None:
         """Start counting the turns of shared blocks anew; called before every forward."""
         for hook in self.hooks:
@@ -174,10 +187,10 @@ class Chain:
             if calls is not None:
                 calls.append(call)
             if index == 0 and 0 in depths:
-                kept[0] = call.hidden
+                kept[0] = self.incoming(0, call)
             output = call.run()
             if index + 1 in depths:
-                kept[index + 1] = state_of(output)
+                kept[index + 1] = self.outgoing(index, output)
             return output
 
         undo = self.install(handler)
@@ -201,9 +214,8 @@ class Chain:
             if not start <= index < stop:
                 # so that window(depth, depth, h) reads h out
                 return self.skip(index, call, hidden if index + 1 == start else None)
-            # what runs between blocks that change the shape has made the incoming state of it already
-            output = call.run(hidden if index == start and (start == 0 or self.shapes is None) else None)
-            kept["hidden"] = state_of(output)
+            output = self.run(index, call, hidden if index == start else None)
+            kept["hidden"] = self.outgoing(index, output)
             return output
 
         undo = self.install(handler)

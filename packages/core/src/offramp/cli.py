@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,6 +43,15 @@ class CleanErrors(TyperGroup):
 def console(stderr: bool = False) -> Console:
     """Return a console on the present stdout or stderr."""
     return Console(stderr=stderr, highlight=False)
+
+
+@contextmanager
+def step(console: Console, what: str) -> Iterator[None]:
+    """Say what begins, and how long it took."""
+    console.print(f"[bold]{escape(what)}[/]")
+    start = time.perf_counter()
+    yield
+    console.print(f"  [dim]{time.perf_counter() - start:.1f} s[/]")
 
 
 def write_json(path: Path | None, body: Any) -> None:

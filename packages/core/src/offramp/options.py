@@ -61,3 +61,17 @@ class Options:
 
 
 OPTIONS = tuple(f.name for f in fields(Options))
+
+
+def refuse_generation(options: Options, kind: str) -> None:
+    """Raise `BadArgument` where an option of generation is given for a model that generates no tokens.
+
+    kind: the model, and what it does instead, e.g. "ResNet answers once per image".
+    """
+    plain = Options()
+    for name in OPTIONS:
+        if name != "strict" and (given := getattr(options, name)) != getattr(plain, name):
+            raise BadArgument(
+                f"{name}={given!r} is for models that generate tokens; {kind}, so there is nothing to draft and no "
+                f"cache: leave {name} out"
+            )

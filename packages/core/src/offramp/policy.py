@@ -153,6 +153,10 @@ class ExitPolicy(ABC):
         return out
 
 
+#: noise levels are told on the scale of the DDPM paper, 0 (data) to this (noise), whatever a model counts in
+FULL = 1000.0
+
+
 class SchedulePolicy(ExitPolicy):
     """A policy that says from the position alone which blocks run; decoded with kv="schedule", where no head is asked.
 

@@ -66,7 +66,7 @@ def block_metadata(cls: type) -> tuple[int | None, int | None, str, str] | None:
     return (None if text is None else state), text, *names
 
 
-#: diffusers' caches by the names of their hooks on blocks, and what each of them would do to exits
+#: diffusers' caches by the names of their hooks on blocks; each stands in for the block that it is on
 CACHES = {
     "fbc_leader_block_hook": "FirstBlockCache",
     "fbc_block_hook": "FirstBlockCache",

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-import os
-import platform
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from offramp.clock import interleaved, origin
 from offramp.enable import enable
 from offramp.errors import BadArgument
 from offramp_diffusers.facts import model_facts
@@ -95,14 +95,8 @@ def run(shapes: Sequence[str] = (), rounds: int = 25, width: int = 384, side: in
         torch.manual_seed(0)
         rows = [{"name": name, **realised(name, rounds, width, side)} for name in chosen]
         overhead = skip_cost(rounds)
-    return {
-        "format": 1,
-        "command": "offramp bench diffusion",
-        "machine": f"{os.cpu_count()} cores, CPU ({platform.machine()}), {torch.get_num_threads()} threads",
-        "date": time.strftime("%Y-%m-%d"),
-        "overhead_us": overhead,
-        "rows": rows,
-    }
+    command = "offramp bench diffusion" + "".join(f" --shape {name}" for name in chosen) + f" --rounds {rounds}"
+    return {"format": 1, **origin(command, "diffusers"), "overhead_us": overhead, "rows": rows}
 
 
 def realised(name: str, rounds: int, width: int, side: int) -> dict[str, float]:
@@ -115,18 +109,13 @@ def realised(name: str, rounds: int, width: int, side: int) -> dict[str, float]:
     short = cut(model, STOP)
     early, never = TimeSchedule((STOP,)), TimeSchedule((1.0,))
 
-    def ask(policy: TimeSchedule) -> float:
-        with enable(model, policy):
-            return clock(model, given)
-
-    found: dict[str, list[float]] = {"full": [], "early": [], "short": [], "never": []}
-    for _ in range(rounds + 1):
-        found["full"].append(clock(model, given))
-        found["early"].append(ask(early))
-        found["short"].append(clock(short, given))
-        found["never"].append(ask(never))
-    # the first round warms up; minima, because what else runs on a machine only ever adds
-    full, quick, bare, idle = (min(found[n][1:]) for n in ("full", "early", "short", "never"))
+    ways: dict[str, Callable[[Any], Any]] = {
+        "full": partial(_call, model), "early": Scheduled(model, early), "short": partial(_call, short),
+        "never": Scheduled(model, never),
+    }  # fmt: skip
+    timed = interleaved(ways, [given] * rounds, warm=1)
+    # minima, because what else runs on a machine only ever adds
+    full, quick, bare, idle = (min(t.seconds for t in timed[n]) for n in ways)
     return {
         "full_ms": full * 1e3, "early_ms": quick * 1e3, "short_ms": bare * 1e3, "block_ms": (full - bare) * 1e3 / STOP,
         "realised": (full - quick) / (full - bare), "never": idle / full,
@@ -139,18 +128,32 @@ def skip_cost(rounds: int) -> float:
     model, given = _dit(64, 8, depth)
     model.eval()
     short = cut(model, stop)
-    differences = []
+    ways = {"early": partial(_call, model), "short": partial(_call, short)}
     with enable(model, TimeSchedule((stop,))):
-        for _ in range(20 * rounds):
-            differences.append(clock(model, given) - clock(short, given))
+        timed = interleaved(ways, [given] * (20 * rounds), warm=1)
+    differences = [a.seconds - b.seconds for a, b in zip(timed["early"], timed["short"], strict=True)]
     return statistics.median(differences) / (depth - stop) * 1e6
 
 
-def clock(model: nn.Module, given: dict[str, Any]) -> float:
-    """Return the seconds of one call."""
-    started = time.perf_counter()
-    model(**given)
-    return time.perf_counter() - started
+class Scheduled:
+    """A call of the model under a schedule, enabled outside the clock."""
+
+    def __init__(self, model: nn.Module, policy: TimeSchedule) -> None:
+        self.model, self.policy = model, policy
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Enable the schedule."""
+        with enable(self.model, self.policy):
+            yield
+
+    def __call__(self, given: dict[str, Any]) -> Any:
+        """Run the model."""
+        return self.model(**given)
+
+
+def _call(model: nn.Module, given: dict[str, Any]) -> Any:
+    return model(**given)
 
 
 def cut(model: nn.Module, depth: int) -> nn.Module:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -14,10 +12,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from torch import Tensor, nn
 
-import offramp
+from offramp.cli import dump_json, step
+from offramp.clock import origin
 from offramp.enable import enable
 from offramp_diffusers import digits
 from offramp_diffusers._compat import first_block_cache
@@ -57,13 +55,14 @@ class Way:
     threshold: float | None = None
 
     @contextmanager
-    def on(self) -> Iterator[Any]:
-        """Switch it on; yields the run, None where all blocks run. The cache goes on top of the exits."""
+    def on(self) -> Iterator[None]:
+        """Switch it on; the cache goes on top of the exits."""
         with ExitStack() as stack:
-            run = stack.enter_context(enable(self.model, self.schedule or "never")) if self.schedule else None
+            if self.schedule is not None:
+                stack.enter_context(enable(self.model, self.schedule))
             if self.threshold is not None:
                 stack.enter_context(first_block_cache(self.model, self.threshold))
-            yield run
+            yield
 
 
 @dataclass
@@ -82,14 +81,13 @@ class Study:
 def run(folder: Path, quick: bool, console: Console) -> dict[str, Any]:
     """Write report.json and report.html into `folder`, and return what the JSON holds."""
     from offramp.checkpoint import write_text
-    from offramp.cli import dump_json
     from offramp_diffusers.page import html
 
     started, plan = time.perf_counter(), QUICK if quick else Plan()
     study = train(plan, console)
     with step(console, "choose thresholds for the cache at equal quality"):
         choose_thresholds(study, plan)
-    with step(console, f"sample with {len(SOLVERS)} solvers, {len(study.ways)} ways each"):
+    with step(console, f"sample with {len(_solvers())} solvers, {len(study.ways)} ways each"):
         measure(study, plan)
     body = body_of(study, plan, time.perf_counter() - started)
     write_text(folder / "report.json", dump_json(body))
@@ -149,17 +147,13 @@ def _solvers() -> dict[str, Callable[[], Any]]:
     }
 
 
-SOLVERS = ("DDIM", "DPM-Solver++", "UniPC")
-
-
 def measure(study: Study, plan: Plan) -> None:
     """Sample every way with every solver, each solver from noise of its own, the ways of one solver from the same."""
-    made = _solvers()
-    for seed, name in enumerate(SOLVERS):
+    for seed, (name, solver) in enumerate(_solvers().items()):
         for way in study.ways:
             counter = Blocks(way.model)
             with way.on(), counter:
-                images, wanted, seconds = digits.sample(way.model, made[name](), plan.solver, plan.rows, seed)
+                images, wanted, seconds = digits.sample(way.model, solver(), plan.solver, plan.rows, seed)
             distance, accuracy = digits.quality(study.judge, images, wanted, study.images)
             study.rows.append(
                 {
@@ -174,7 +168,7 @@ def measure(study: Study, plan: Plan) -> None:
 def choose_thresholds(study: Study, plan: Plan) -> None:
     """Give each way with a cache the boldest threshold at which it is as good as the full model; the mildest where none
     is."""
-    made, seed = _solvers()[SOLVERS[0]], 1000
+    made, seed = next(iter(_solvers().values())), 1000
 
     def distance(way: Way) -> float:
         with way.on():
@@ -225,11 +219,8 @@ def body_of(study: Study, plan: Plan, seconds: float) -> dict[str, Any]:
     return {
         "format": 1,
         "title": "offramp demo diffusion",
-        "command": "offramp demo diffusion",
+        **origin("offramp demo diffusion" + (" --quick" if plan == QUICK else ""), "diffusers"),
         "model": f"DiT, {study.errors.shape[1]} blocks, trained here on scikit-learn's digits",
-        "machine": f"{os.cpu_count()} cores, CPU ({platform.machine()}), {torch.get_num_threads()} threads",
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": {"offramp": offramp.__version__, "torch": torch.__version__},
         "seconds": seconds,
         "samples": plan.rows,
         "solver_steps": plan.solver,
@@ -249,12 +240,3 @@ def _mean(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         found[key] = sum(r[key] for r in rows) / len(rows)
     found["frechet_by_seed"] = [r["frechet"] for r in rows]
     return found
-
-
-@contextmanager
-def step(console: Console, what: str) -> Iterator[None]:
-    """Say what begins, and how long it took."""
-    console.print(f"[bold]{escape(what)}[/]")
-    start = time.perf_counter()
-    yield
-    console.print(f"  [dim]{time.perf_counter() - start:.1f} s[/]")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from offramp.blocks import BlockHook, Call
 from offramp.engine import decide, look
 from offramp.errors import BadArgument
+from offramp.kernels.compact import compact
 from offramp.policy import Evidence, SchedulePolicy, State
 from offramp_diffusers import _compat
 
@@ -50,7 +51,8 @@ class Denoise:
         #: depth of the whole batch, where it is one and known before; of every row, where they differ or are found
         self.stop: int | None = None
         self.depths = torch.empty(0, dtype=torch.long)
-        self.levels: Tensor | None = None
+        #: noise levels [rows or 1] of a call, on the host; from `start` on [rows], where the batch is
+        self.levels = torch.empty(0)
         #: rows that go on, None for all of them; rows that leave before a block, by its index
         self.rows: Tensor | None = None
         self.leaving: dict[int, Tensor] = {}
@@ -94,7 +96,7 @@ class Denoise:
         self.active = True
         if self.schedule is not None or self.estimates:
             self.levels = self.backbone.noise(args, kwargs)
-        if self.schedule is not None and self.levels is not None:
+        if self.schedule is not None:
             depths = [self.schedule.windows(level, self.depth)[0][1] for level in self.levels.tolist()]
             if len(set(depths)) == 1:
                 self.stop = depths[0]
@@ -156,16 +158,21 @@ class Denoise:
         if self.stop is not None:
             return
         if self.schedule is None:
-            self.depths = torch.full((self.batch,), self.depth, dtype=torch.long)
+            self.depths = torch.full((self.batch,), self.depth, dtype=torch.long, device=hidden.device)
+            if self.estimates:
+                if len(self.levels) not in (1, self.batch):
+                    raise self._mismatch(len(self.levels))
+                self.levels = self.levels.to(hidden.device).expand(self.batch)
             self.state = self.run.policy.start(self.batch, hidden.device)
             return
         if len(self.depths) != self.batch:
-            raise BadArgument(
-                f"this call has {len(self.depths)} noise levels for a batch of {self.batch}; give one, or one per row"
-            )
+            raise self._mismatch(len(self.depths))
         for depth in self.depths.unique().tolist():
             if depth < self.depth:
                 self.leaving[depth] = (self.depths == depth).nonzero().squeeze(-1).to(hidden.device)
+
+    def _mismatch(self, count: int) -> BadArgument:
+        return BadArgument(f"this call has {count} noise levels for a batch of {self.batch}; give one, or one per row")
 
     def leave(self, rows: Tensor, hidden: Tensor) -> None:
         """Keep the state of rows that are done for the output layers."""
@@ -179,10 +186,10 @@ class Denoise:
         else:
             self.kept = torch.zeros_like(hidden) if self.kept is None or self.kept.shape != hidden.shape else self.kept
             self.kept = self.kept.index_copy(0, rows, hidden.index_select(0, rows))
-        on = torch.ones(self.batch, dtype=torch.bool, device=hidden.device)
+        on, count = torch.ones(self.batch, dtype=torch.bool, device=hidden.device), self.batch
         if self.rows is not None:
-            on = torch.zeros_like(on).index_fill(0, self.rows, True)
-        self.rows = on.index_fill(0, rows, False).nonzero().squeeze(-1)
+            on, count = torch.zeros_like(on).index_fill(0, self.rows, True), self.rows.numel()
+        self.rows = compact(on.index_fill(0, rows, False), count=count - rows.numel())[0]
 
     def exit(self, depth: int, hidden: Tensor) -> None:
         """Ask the policy at one exit; rows that stop leave before the next block."""
@@ -199,22 +206,17 @@ class Denoise:
         run.stats.nonfinite += counts[1]
         if not counts[0]:
             return
-        gone, left = stop.nonzero().squeeze(-1), (~stop).nonzero().squeeze(-1)
+        gone = compact(stop, count=counts[0])[0]
+        left, *rest = compact(~stop, *self.state.values(), count=len(stop) - counts[0])
         self.leaving[depth] = gone if rows is None else rows[gone]
-        self.depths[self.leaving[depth].cpu()] = depth
-        self.state = {k: v[left] for k, v in self.state.items()}
+        self.depths = self.depths.index_fill(0, self.leaving[depth], depth)
+        self.state = dict(zip(self.state, rest, strict=True))
         if self.previous is not None:
             self.previous = self.previous[left]
 
     def estimate(self, seen: Evidence, states: Tensor, rows: Tensor | None) -> Evidence:
         """Return the evidence with what the exit's head says of its own error."""
-        if self.levels is None or len(self.levels) not in (1, self.batch):
-            count = 0 if self.levels is None else len(self.levels)
-            raise BadArgument(
-                f"this call has {count} noise levels for a batch of {self.batch}; give one, or one per row"
-            )
-        levels = self.levels.expand(self.batch)
-        levels = levels if rows is None else levels[rows.cpu()]
+        levels = self.levels if rows is None else self.levels[rows]
         head: Any = self.run.exits[seen.depth]
         return replace(seen, stats={**seen.stats, "uncertainty": head.uncertainty(states, levels)})
 

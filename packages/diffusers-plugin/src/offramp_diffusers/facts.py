@@ -12,10 +12,8 @@ from torch import Tensor, nn
 
 from offramp.blocks import Call
 from offramp.errors import BadArgument, UnsupportedModel
+from offramp.policy import FULL
 from offramp_diffusers._compat import block_metadata
-
-#: noise levels are told on the scale of the DDPM paper, 0 (data) to 1000 (noise), whatever a model counts in
-FULL = 1000.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class ModelFacts:
     """How a denoiser is built. lists: its chains of blocks, in the order they run; reader: the module that reads the
     state after the last block; time: the argument that holds the noise level, None where there is none; full: its value
     at pure noise; scaled_by: a number in the config that it comes multiplied with; rising: whether it rises towards the
-    data instead.
+    data instead; long_skips: whether deep blocks also read states of shallow ones.
     """
 
     lists: tuple[str, ...]
@@ -64,10 +62,12 @@ class ModelFacts:
     full: float = FULL
     scaled_by: str | None = None
     rising: bool = False
+    long_skips: bool = False
 
 
 _TWO = ("transformer_blocks", "single_transformer_blocks")
 _ONE = ("transformer_blocks",)
+_UNET = ("down_blocks", "mid_block", "up_blocks")
 #: by class name, so that no model has to be imported to look one up; noise levels as diffusers' pipelines pass them
 MODELS: dict[str, ModelFacts] = {
     "DiTTransformer2DModel": ModelFacts(_ONE),
@@ -77,14 +77,14 @@ MODELS: dict[str, ModelFacts] = {
     "WanTransformer3DModel": ModelFacts(("blocks",)),
     "FluxTransformer2DModel": ModelFacts(_TWO, full=1.0),
     "QwenImageTransformer2DModel": ModelFacts(_ONE, full=1.0),
-    "HunyuanDiT2DModel": ModelFacts(("blocks",)),
+    "HunyuanDiT2DModel": ModelFacts(("blocks",), long_skips=True),
     "HunyuanVideoTransformer3DModel": ModelFacts(_TWO),
     "CogVideoXTransformer3DModel": ModelFacts(_ONE, reader="norm_final"),
     "LTXVideoTransformer3DModel": ModelFacts(_ONE),
     "Lumina2Transformer2DModel": ModelFacts(("layers",), full=1.0, rising=True),
     "AuraFlowTransformer2DModel": ModelFacts(("joint_transformer_blocks", "single_transformer_blocks"), full=1.0),
-    "UNet2DModel": ModelFacts(("down_blocks", "mid_block", "up_blocks"), reader="conv_norm_out"),
-    "UNet2DConditionModel": ModelFacts(("down_blocks", "mid_block", "up_blocks"), reader="conv_norm_out"),
+    "UNet2DModel": ModelFacts(_UNET, reader="conv_norm_out", long_skips=True),
+    "UNet2DConditionModel": ModelFacts(_UNET, reader="conv_norm_out", long_skips=True),
     "UVit2DModel": ModelFacts(("transformer_layers",), reader="project_from_hidden_norm", time=None),
 }
 #: block classes that diffusers' own table lacks
@@ -143,6 +143,11 @@ def block_facts(block: nn.Module) -> BlockFacts:
     return BlockFacts(*found)
 
 
+def full_of(facts: ModelFacts, config: Any) -> float:
+    """Return what this model is told at pure noise, or, where it counts up, for clean data."""
+    return facts.full * (float(config[facts.scaled_by]) if facts.scaled_by else 1.0)
+
+
 def noise_level(facts: ModelFacts, config: Any, given: Any) -> Tensor:
     """Return the noise level of every row, float [rows or 1] from 0 to 1000, on the host.
 
@@ -151,7 +156,7 @@ def noise_level(facts: ModelFacts, config: Any, given: Any) -> Tensor:
     """
     value = torch.as_tensor(given).detach().to("cpu", torch.float64)
     value = value.reshape(1) if value.dim() == 0 else value.flatten(1).amax(1) if value.dim() > 1 else value
-    full = facts.full * (float(config[facts.scaled_by]) if facts.scaled_by else 1.0)
+    full = full_of(facts, config)
     level = value / full * FULL
     # bfloat16 rounds 999 to 1000; NaN fails this comparison too
     if not bool(((level >= -0.5) & (level <= FULL + 2.5)).all()):
@@ -163,13 +168,9 @@ def noise_level(facts: ModelFacts, config: Any, given: Any) -> Tensor:
     return FULL - level if facts.rising else level
 
 
+@cache  # asked at every call of a model, and a class's signature does not change
 def parameters(cls: Any) -> dict[str, int]:
     """Return the place of every argument of the class's forward; `self` has -1."""
-    return _places(cls)
-
-
-@cache  # asked at every call of a model, and a class's signature does not change
-def _places(cls: Any) -> dict[str, int]:
     return {name: place - 1 for place, name in enumerate(inspect.signature(cls.forward).parameters)}
 
 
@@ -191,11 +192,12 @@ class Stream:
     names: tuple[str, ...]
 
     @classmethod
-    def of(cls, block: nn.Module) -> Stream:
-        """Return the stream of a block; raises `UnsupportedModel`."""
-        facts = block_facts(block)
+    def of(cls, block: nn.Module, facts: BlockFacts | None = None) -> Stream:
+        """Return the stream of a block, compiled or not; facts: None for those of its class; raises `UnsupportedModel`.
+        """
+        facts = block_facts(block) if facts is None else facts
         kind: Any = getattr(block, "_orig_mod", block)
-        places = parameters(type(kind))
+        places = parameters(type(kind))  # type: ignore[arg-type]  # mypy: type[Any] is not Hashable
         if facts.argument not in places:
             raise UnsupportedModel(
                 f"{type(kind).__name__} takes no argument {facts.argument!r} (it takes {', '.join(places)}); "

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from offramp.errors import BadArgument
-from offramp_diffusers.policies.time_schedule import FULL, TimeSchedule
+from offramp.policy import FULL
+from offramp_diffusers.policies.time_schedule import TimeSchedule
 
 
 def visits(levels: Sequence[float], bins: int) -> list[int]:

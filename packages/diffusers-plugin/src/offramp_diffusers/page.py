@@ -12,6 +12,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import pad
 
+from offramp.policy import FULL
+from offramp_diffusers.policies.time_schedule import blocks
+
 #: of the picture of schedules and of errors
 WIDTH, ROW, LEFT = 640, 26, 150
 #: samples per row of a grid, and how many pixels one of its pixels becomes
@@ -109,18 +112,18 @@ def _schedules(body: Mapping[str, Any]) -> str:
     parts, top = [], 20
     for name in names:
         parts.append(f'<text x="0" y="{top + 42}">{escape(name)}</text>')
-        cuts = [0.0, *body["cuts"][name], 1000.0]
+        cuts = [0.0, *body["cuts"][name], FULL]
         for low, high, given in zip(cuts[:-1], cuts[1:], body["schedules"][name], strict=True):
-            blocks = given if isinstance(given, int) else max(1, round(given * depth))
-            x, wide = LEFT + low / 1000 * (WIDTH - LEFT), (high - low) / 1000 * (WIDTH - LEFT)
-            tall = 70 * blocks / depth
+            stop = blocks(given, depth)
+            x, wide = LEFT + low / FULL * (WIDTH - LEFT), (high - low) / FULL * (WIDTH - LEFT)
+            tall = 70 * stop / depth
             parts.append(
                 f'<rect x="{x + 1:.1f}" y="{top + 70 - tall:.1f}" width="{wide - 2:.1f}" height="{tall:.1f}" '
-                f'fill="#3b76c4"/><text x="{x + wide / 2:.1f}" y="{top + 84}" text-anchor="middle">{blocks}</text>'
+                f'fill="#3b76c4"/><text x="{x + wide / 2:.1f}" y="{top + 84}" text-anchor="middle">{stop}</text>'
             )
         top += 110
     parts.append(f'<text x="{LEFT}" y="{top}">clean (0)</text>')
-    parts.append(f'<text x="{WIDTH}" y="{top}" text-anchor="end">noise (1000)</text>')
+    parts.append(f'<text x="{WIDTH}" y="{top}" text-anchor="end">noise ({FULL:g})</text>')
     chart = f'<svg class="chart" viewBox="0 0 {WIDTH} {top + 8}" role="img"><title>Blocks by noise level</title>'
     said = f"<p>Blocks that run, of {depth}, in each bin of noise levels.</p>"
     return f"{said}<figure>{chart}{''.join(parts)}</svg></figure>"
@@ -131,7 +134,7 @@ def _errors(body: Mapping[str, Any]) -> str:
     depth, bins = len(table[0]), len(table)
     titles = "".join(f'<th scope="col">{k}</th>' for k in range(1, depth + 1))
     rows = "".join(
-        f'<tr><th scope="row">{1000 * b // bins} to {1000 * (b + 1) // bins}</th>'
+        f'<tr><th scope="row">{FULL * b // bins:g} to {FULL * (b + 1) // bins:g}</th>'
         + "".join(f"<td>{e:.4f}</td>" for e in row)
         + "</tr>"
         for b, row in enumerate(table)

@@ -16,9 +16,9 @@ from offramp.attach import RECORD
 from offramp.enable import RUN, enable
 from offramp.errors import BadArgument, NotAttached, UnsupportedModel
 from offramp.loss import Loss
-from offramp.policy import SchedulePolicy
+from offramp.policy import FULL
 from offramp.record import evaluating, track
-from offramp_diffusers.facts import FULL, model_facts, parameters
+from offramp_diffusers.facts import full_of, model_facts, parameters
 from offramp_diffusers.policies.time_schedule import TimeSchedule
 
 #: name of the adapter that LoRA-only tuning leaves on the model
@@ -38,7 +38,7 @@ def tune(
     model: Any,
     data: Mapping[str, Tensor],
     scheduler: Any,
-    schedule: SchedulePolicy | None = None,
+    schedule: TimeSchedule | None = None,
     *,
     loss: str | Loss = "ase",
     steps: int = 500,
@@ -60,17 +60,17 @@ def tune(
     this draws the level once per step and runs no block in vain.
     """
     model = part(model)
-    objective: Any = create(Loss, loss, **options) if isinstance(loss, str) else loss
-    depth = _check(model, data, steps, ema)
+    objective = objective_of(loss, options, "at", "level", "ase")
+    depth = _check(model, data, steps, ema, schedule)
     grads = {p: p.requires_grad for p in model.parameters()}
-    _prepare(model, lora)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    report = TuneReport(parameters=sum(p.numel() for p in weights))
-    optimiser = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
-    average = [w.detach().clone() for w in weights] if ema else None
     generator = torch.Generator().manual_seed(seed)
     started, training = time.perf_counter(), model.training
     try:
+        _prepare(model, lora)
+        weights = [p for p in model.parameters() if p.requires_grad]
+        report = TuneReport(parameters=sum(p.numel() for p in weights))
+        optimiser = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
+        average = [w.detach().clone() for w in weights] if ema else None
         model.train()
         for step in track(range(steps), "tune", progress, steps):
             optimiser.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / max(1, steps // 20))
@@ -96,6 +96,17 @@ def tune(
     return report
 
 
+def objective_of(loss: str | Loss, options: Mapping[str, Any], method: str, third: str, like: str) -> Any:
+    """Return the loss, made by name or given; raises `BadArgument` where it lacks the method that is called here."""
+    made = create(Loss, loss, **options) if isinstance(loss, str) else loss
+    if not callable(getattr(made, method, None)):
+        raise BadArgument(
+            f"loss={loss!r} cannot train this: it has no method {method}(said, wanted, {third}); write loss={like!r}, "
+            f"or give your own loss that method"
+        )
+    return made
+
+
 def one_loss(
     model: Any,
     data: Mapping[str, Tensor],
@@ -116,34 +127,40 @@ def noised(
     data: Mapping[str, Tensor],
     rows: Tensor,
     scheduler: Any,
-    level: tuple[float, float],
+    between: tuple[float, float],
     generator: torch.Generator,
     model: Any,
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """Return (arguments of the model, what it should say, noise levels [rows]) for some rows of clean data."""
+    """Return (arguments of the model, what it should say, noise levels [rows]) for some rows of clean data.
+
+    between: the noise levels (from, to), 0 to 1000, that are drawn from evenly. Raises `BadArgument`.
+    """
     clean = data["sample"][rows]
     noise = torch.randn(clean.shape, generator=generator).to(clean)
     count = scheduler.config.num_train_timesteps
-    low, high = (min(count - 1, int(edge / FULL * count)) for edge in level)
+    low, high = (min(count - 1, int(edge / FULL * count)) for edge in between)
     times = torch.randint(low, max(low + 1, high), (len(rows),), generator=generator)
     kind = getattr(scheduler.config, "prediction_type", "flow")
     if hasattr(scheduler, "add_noise"):
+        level = times.float() / count
         mixed = scheduler.add_noise(clean, noise, times)
         wanted = {"epsilon": noise, "sample": clean}.get(kind)
         wanted = scheduler.get_velocity(clean, noise, times) if kind == "v_prediction" else wanted
     else:  # flow matching: a straight line from the image to noise
-        share = ((times + 1) / count).to(clean).view(-1, *[1] * (clean.dim() - 1))
+        level = (times + 1).float() / count  # a sigma, and the model is told the same one
+        share = level.to(clean).view(-1, *[1] * (clean.dim() - 1))
         mixed, wanted = (1 - share) * clean + share * noise, noise - clean
     if wanted is None:
         raise BadArgument(f"this scheduler predicts {kind!r}; known: epsilon, sample, v_prediction, flow matching")
     facts = model_facts(model)
-    told = times.float() / count
-    told = 1 - told if facts.rising else told
-    scale = facts.full * (float(model.config[facts.scaled_by]) if facts.scaled_by else 1.0)
+    scale = full_of(facts, getattr(model, "config", {}))
     given = {k: v[rows] for k, v in data.items() if k != "sample"}
-    place = "hidden_states" if "hidden_states" in parameters(type(model)) else "sample"
-    stamp = told * scale if scale != FULL or facts.rising else times
-    return {place: mixed, str(facts.time): stamp, **given}, wanted, times.float() / count * FULL
+    names = parameters(type(model))  # type: ignore[arg-type]  # mypy: type[Any] is not Hashable
+    place = "hidden_states" if "hidden_states" in names else "sample"
+    stamp = (1 - level if facts.rising else level) * scale
+    if hasattr(scheduler, "add_noise") and scale == FULL and not facts.rising:
+        stamp = times  # as the scheduler counts, a whole number
+    return {place: mixed, str(facts.time): stamp.to(clean.device), **given}, wanted, level * FULL
 
 
 def predict(model: Any, given: Mapping[str, Any], like: Tensor) -> Tensor:
@@ -170,7 +187,7 @@ def errors(
     depths are not chance. Raises as `tune`.
     """
     model = part(model)
-    total = _check(model, data, 1, 0.0)
+    total = _check(model, data, 1, 0.0, None)
     wanted_depths = list(range(1, total + 1)) if depths is None else list(depths)
     found = torch.zeros(bins, len(wanted_depths), dtype=torch.float64)
     with evaluating(model):
@@ -186,24 +203,34 @@ def errors(
     return found
 
 
-def _draw(schedule: SchedulePolicy | None, depth: int, generator: torch.Generator) -> tuple[Any, tuple[float, float]]:
+def _draw(schedule: TimeSchedule | None, depth: int, generator: torch.Generator) -> tuple[Any, tuple[float, float]]:
     """Return (the policy of one step, the noise levels it draws from): one bin, so that the whole batch is one depth.
     """
     if schedule is None:
         stop = int(torch.randint(1, depth + 1, (), generator=generator))
         return TimeSchedule((stop,)), (0.0, FULL)
-    if not isinstance(schedule, TimeSchedule):
-        raise BadArgument(f"schedule={schedule!r} must be a time_schedule, or None for every depth")
     cuts = (0.0, *schedule.cuts, FULL)
     at = float(torch.rand((), generator=generator)) * FULL
     index = max(i for i, cut in enumerate(cuts[:-1]) if cut <= at)
     return TimeSchedule((schedule.depths[index],)), (cuts[index], cuts[index + 1])
 
 
-def _check(model: Any, data: Mapping[str, Tensor], steps: int, ema: float) -> int:
+def _check(model: Any, data: Mapping[str, Tensor], steps: int, ema: float, schedule: Any) -> int:
     """Return the depth of the model; raises for what cannot be trained or measured so."""
     if RUN in model.__dict__ or RECORD in model.__dict__:
         raise NotAttached("tuning sets depths of its own; first: run.disable() and exits.detach()")
+    depth = check_data(model, data, steps)
+    if not 0 <= ema < 1:
+        raise BadArgument(f"ema={ema} must be a decay from 0 up to, not including, 1")
+    if schedule is not None and not isinstance(schedule, TimeSchedule):
+        raise BadArgument(f"schedule={schedule!r} must be a time_schedule, or None for every depth")
+    if schedule is not None:
+        schedule.windows(0.0, depth)  # refuses depths that the model does not have
+    return depth
+
+
+def check_data(model: Any, data: Mapping[str, Tensor], steps: int) -> int:
+    """Return the depth of the model; raises `UnsupportedModel`, and `BadArgument` for data nobody can train on."""
     backbone = adapt(model)
     if not backbone.timed:
         raise UnsupportedModel(f"calls of {type(model).__name__} carry no noise level, so it can have no schedule")
@@ -211,8 +238,8 @@ def _check(model: Any, data: Mapping[str, Tensor], steps: int, ema: float) -> in
         raise BadArgument('data must be {"sample": clean images [rows, ...], arguments of the model: [rows, ...]}')
     if odd := [k for k, v in data.items() if not isinstance(v, Tensor) or len(v) != len(data["sample"])]:
         raise BadArgument(f"data has {len(data['sample'])} samples, but {', '.join(odd)} is no tensor of as many rows")
-    if steps < 1 or not 0 <= ema < 1:
-        raise BadArgument(f"steps={steps} must be at least 1, and ema={ema} a decay from 0 up to, not including, 1")
+    if steps < 1:
+        raise BadArgument(f"steps={steps} must be at least 1")
     return backbone.depth
 
 
@@ -228,4 +255,8 @@ def _prepare(model: Any, lora: int | None) -> None:
         raise BadArgument(f"lora={lora!r} is the rank of the adapter: a whole number, at least 1")
     model.requires_grad_(False)
     config = LoraConfig(r=lora, lora_alpha=lora, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
-    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    try:
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    except ValueError as error:
+        wanted = "attention projections called to_q, to_k, to_v and to_out.0"
+        raise BadArgument(f"lora={lora} trains {wanted}: {error}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from offramp._plugins import part
 from offramp._registry import create
-from offramp.attach import find
+from offramp.attach import Exits, find
 from offramp.enable import enable
 from offramp.errors import BadArgument
 from offramp.loss import Loss
+from offramp.policy import FULL
 from offramp.record import evaluating, track
-from offramp_diffusers.facts import FULL
-from offramp_diffusers.tune import TuneReport, noised, one_loss, predict
+from offramp_diffusers.tune import TuneReport, check_data, noised, objective_of, one_loss, predict
 
 
 def tune_heads(
@@ -41,26 +41,13 @@ def tune_heads(
     weights = list(exits.modules.parameters())
     if not weights:
         raise BadArgument(f"heads {exits.head!r} have no weights; tune the model itself: offramp_diffusers.tune.tune")
-    report = TuneReport(parameters=sum(p.numel() for p in weights))
-    optimiser, generator = torch.optim.AdamW(weights, lr=lr), torch.Generator().manual_seed(seed)
-    grads, started = {p: p.requires_grad for p in model.parameters()}, time.perf_counter()
+    check_data(model, data, steps)
     objective = create(Loss, "ase")
-    try:
-        model.requires_grad_(False)
-        exits.modules.requires_grad_(True)
-        with evaluating(model):
-            for step in track(range(steps), "train heads", progress, steps):
-                with enable(model, "fixed", depth=exits.at[step % len(exits.at)]):
-                    value = one_loss(model, data, scheduler, objective, (0.0, FULL), batch_size, generator)
-                    optimiser.zero_grad(set_to_none=True)
-                    value.backward()
-                optimiser.step()
-                report.losses.append(float(value.detach()))
-    finally:
-        for p, flag in grads.items():
-            p.requires_grad_(flag)
-    report.seconds = time.perf_counter() - started
-    return report
+
+    def value(depth: int, generator: torch.Generator) -> Tensor:
+        return one_loss(model, data, scheduler, objective, (0.0, FULL), batch_size, generator)
+
+    return _train(model, exits, weights, value, "train heads", steps, lr, seed, progress)
 
 
 def tune_uncertainty(
@@ -89,29 +76,51 @@ def tune_uncertainty(
         raise BadArgument(
             f"heads {exits.head!r} estimate no error; attach: offramp.attach(model, at=[...], head=\"uncertainty\")"
         )
-    objective: Any = create(Loss, loss, **options) if isinstance(loss, str) else loss
+    check_data(model, data, steps)
+    objective = objective_of(loss, options, "estimated_at", "estimate", "uncertainty_layerwise")
     if not backbone:  # the second part is about the model, and must not teach the estimate to distrust everything
         objective = dataclasses.replace(objective, trusted=0.0)
     weights = [*exits.modules.parameters()] if not backbone else [*model.parameters()]
+
+    def value(depth: int, generator: torch.Generator) -> Tensor:
+        rows = torch.randint(len(data["sample"]), (batch_size,), generator=generator)
+        given, wanted, levels = noised(data, rows, scheduler, (0.0, FULL), generator, model)
+        with exits.backbone.chain().capture([depth]) as kept:
+            said = predict(model, given, wanted)
+        head: Any = exits[depth]
+        return objective.estimated_at(said, wanted, head.uncertainty(kept[depth], levels))  # type: ignore[no-any-return]
+
+    return _train(model, exits, weights, value, "tune", steps, lr, seed, progress)
+
+
+def _train(
+    model: Any,
+    exits: Exits,
+    weights: list[torch.nn.Parameter],
+    value: Callable[[int, torch.Generator], Tensor],
+    what: str,
+    steps: int,
+    lr: float,
+    seed: int,
+    progress: bool,
+) -> TuneReport:
+    """Lower `value(depth, generator)` of each exit in turn by training `weights`; all others stay as they are."""
     report = TuneReport(parameters=sum(p.numel() for p in weights))
     optimiser, generator = torch.optim.AdamW(weights, lr=lr), torch.Generator().manual_seed(seed)
     grads, started = {p: p.requires_grad for p in model.parameters()}, time.perf_counter()
     try:
-        model.requires_grad_(backbone)
-        exits.modules.requires_grad_(True)
+        model.requires_grad_(False)
+        for weight in weights:
+            weight.requires_grad_(True)
         with evaluating(model):
-            for step in track(range(steps), "tune", progress, steps):
+            for step in track(range(steps), what, progress, steps):
                 depth = exits.at[step % len(exits.at)]
-                rows = torch.randint(len(data["sample"]), (batch_size,), generator=generator)
-                given, wanted, levels = noised(data, rows, scheduler, (0.0, FULL), generator, model)
-                with enable(model, "fixed", depth=depth), exits.backbone.chain().capture([depth]) as kept:
-                    said = predict(model, given, wanted)
-                head: Any = exits[depth]
-                value = objective.at(said, wanted, head.uncertainty(kept[depth], levels))
-                optimiser.zero_grad(set_to_none=True)
-                value.backward()
+                with enable(model, "fixed", depth=depth):
+                    loss = value(depth, generator)
+                    optimiser.zero_grad(set_to_none=True)
+                    loss.backward()
                 optimiser.step()
-                report.losses.append(float(value.detach()))
+                report.losses.append(float(loss.detach()))
     finally:
         for p, flag in grads.items():
             p.requires_grad_(flag)

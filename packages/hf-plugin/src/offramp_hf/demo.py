@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import Tensor
 
 import offramp
 from offramp.cli import as_dict, dump_json
+from offramp.cli import step as step
 from offramp.report import FORMAT, write
 from offramp.report.curves import summary
 from offramp.report.words import promise
@@ -254,15 +254,6 @@ def table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     for row in rows:
         out.add_row(*(cell(row) for cell in columns.values()))
     return out
-
-
-@contextmanager
-def step(console: Console, what: str) -> Iterator[None]:
-    """Say what begins, and how long it took."""
-    console.print(f"[bold]{escape(what)}[/]")
-    start = time.perf_counter()
-    yield
-    console.print(f"  [dim]{time.perf_counter() - start:.1f} s[/]")
 
 
 def _row(rows: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:

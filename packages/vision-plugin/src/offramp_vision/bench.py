@@ -89,7 +89,7 @@ def bench(ask: Ask, console: Console) -> dict[str, Any]:
             rows.append({"name": name, "batch": batch, "head": ask.head, **measured(model, batch, ask)})
             console.print(f"  [dim]{name}, batch {batch}: {rows[-1]['realised']:.3f}[/]")
     command = "offramp bench vision " + " ".join(f"--model {m}" for m in ask.models)
-    command += "".join(f" --batch {b}" for b in ask.batches)
+    command += "".join(f" --batch {b}" for b in ask.batches) + f" --head {ask.head} --repeats {ask.repeats}"
     body = {"format": 1, "title": "Image classifiers", "shapes": rows, **origin(command, "timm")}
     console.print(table(rows))
     console.print(f"{body['machine']}, {body['date']}", soft_wrap=True)
@@ -108,20 +108,15 @@ def measured(model: nn.Module, batch: int, ask: Ask) -> dict[str, Any]:
         chain = exits.backbone.chain()
         clock, early = Clocked(chain.blocks, model), Early(model)
         timed = interleaved({"full": clock, "early": early}, [images] * ask.repeats, warm=1)
-        gone = _gone(batch, exits)
+        gone = _gone(early.stats.last_depths, exits.backbone.depth)
         ideal = [sum(s * g for s, g in zip(one, gone, strict=True)) for one in clock.kept[-ask.repeats :]]
         heads = _heads(exits, images, gone, ask.repeats)
     return _row(timed["full"], timed["early"], ideal, heads, early.stats.saved, batch)
 
 
-def _gone(batch: int, exits: Exits) -> list[float]:
-    """Return the share of images that have left before each block."""
-    turns = [(row + (batch == 1)) % (len(AT) + 1) for row in range(batch)]
-    left = [sum(turn == i for turn in turns) / batch for i in range(len(AT))]
-    return [
-        sum(share for share, d in zip(left, exits.at, strict=True) if d <= block)
-        for block in range(exits.backbone.depth)
-    ]
+def _gone(depths: Tensor, depth: int) -> list[float]:
+    """Return the share of images that have left before each block. depths: of each image [rows]; depth: the model's."""
+    return [float((depths <= block).double().mean()) for block in range(depth)]
 
 
 def _heads(exits: Exits, images: Tensor, gone: Sequence[float], repeats: int) -> float:

@@ -17,70 +17,58 @@ from offramp.engine import LOGITS
 from offramp.errors import BadArgument, UnsupportedModel
 from offramp.gating import gate_of
 from offramp.head import HeadContext
-from offramp.policy import ExitPolicy, SchedulePolicy
+from offramp.options import refuse_generation
+from offramp.policy import FULL, ExitPolicy, SchedulePolicy
 from offramp_diffusers import _compat
 from offramp_diffusers.denoise import Denoise
 from offramp_diffusers.facts import ModelFacts, Stream, argument, model_facts, noise_level
+from offramp_diffusers.policies.time_schedule import TimeSchedule, blocks
 
 #: statistics of a prediction, and what is trained on them
 NOT_HERE = LOGITS | {"gate"}
 
 
 class Streams(Chain):
-    """The blocks of one or several lists, each with its own facts about where the state stands."""
+    """The blocks of one or several lists, each with its own facts about where the state stands.
 
-    def __init__(self, blocks: Sequence[nn.Module], streams: Sequence[Stream]) -> None:
+    beside: what blocks read that a window from the middle would lack; "" for nothing.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], streams: Sequence[Stream], beside: str = "") -> None:
         super().__init__(blocks, BlockSpec(streams[0].facts.argument, streams[0].place))
-        self.streams = list(streams)
-
-    @contextmanager
-    def capture(self, depths: Sequence[int], calls: list[Call] | None = None) -> Iterator[dict[int, Tensor]]:
-        """Keep the hidden state after each of `depths` blocks (0 = into the first) while the context lasts."""
-        kept: dict[int, Tensor] = {}
-
-        def handler(index: int, call: Call) -> Any:
-            if calls is not None:
-                calls.append(call)
-            if index == 0 and 0 in depths:
-                kept[0] = self.streams[0].read(call)
-            output = call.run()
-            if index + 1 in depths:
-                kept[index + 1] = self.streams[index].facts.state_of(output)
-            return output
-
-        undo = self.install(handler)
-        try:
-            yield kept
-        finally:
-            undo()
+        self.streams, self.beside = list(streams), beside
 
     @contextmanager
     def window(self, start: int, stop: int, hidden: Tensor | None = None) -> Iterator[dict[str, Tensor]]:
-        """Run only blocks start < i <= stop while the context lasts, from `hidden`; the last state is kept as
-        "hidden". The text's state goes past blocks that do not run: of models with two streams, only windows from 0 on
-        are what the whole model does.
+        """Run only blocks start < i <= stop while the context lasts, from `hidden`; the last state is kept as "hidden".
+
+        Raises `BadArgument` in the middle of models whose blocks read more than the state before them.
         """
-        if not 0 <= start <= stop <= len(self.blocks):
+        if self.beside and 0 < start < len(self.blocks):
+            depth = len(self.blocks)
             raise BadArgument(
-                f"window({start}, {stop}) is outside the model: give 0 <= start <= stop <= {len(self.blocks)}"
+                f"window({start}, {stop}) starts in the middle, and blocks of this model also read {self.beside}, "
+                f"which no window hands on; start at 0, or read a last state out: window({depth}, {depth}, hidden)"
             )
-        kept: dict[str, Tensor] = {}
-
-        def handler(index: int, call: Call) -> Any:
-            stream = self.streams[index]
-            if not start <= index < stop:
-                if index + 1 == start and hidden is not None:
-                    return stream.facts.pack(hidden, stream.text(call))
-                return stream.skip(call)
-            output = call.run() if index != start or hidden is None else stream.run(call, hidden)
-            kept["hidden"] = stream.facts.state_of(output)
-            return output
-
-        undo = self.install(handler)
-        try:
+        with super().window(start, stop, hidden) as kept:
             yield kept
-        finally:
-            undo()
+
+    def incoming(self, index: int, call: Call) -> Tensor:
+        """Return the state that comes into block `index`."""
+        return self.streams[index].read(call)
+
+    def outgoing(self, index: int, output: Any) -> Tensor:
+        """Return the state in what block `index` returned."""
+        return self.streams[index].facts.state_of(output)
+
+    def run(self, index: int, call: Call, hidden: Tensor | None = None) -> Any:
+        """Run block `index`, on `hidden` instead of the incoming state."""
+        return call.run() if hidden is None else self.streams[index].run(call, hidden)
+
+    def skip(self, index: int, call: Call, hidden: Tensor | None = None) -> Any:
+        """Return `hidden`, or the incoming state, as block `index` would, without running it."""
+        stream = self.streams[index]
+        return stream.skip(call) if hidden is None else stream.facts.pack(hidden, stream.text(call))
 
 
 class TransformerBackbone(Backbone):
@@ -130,7 +118,10 @@ class TransformerBackbone(Backbone):
 
     def chain(self) -> Chain:
         """Return the blocks, each with its facts."""
-        return Streams(self.blocks(), self.streams)
+        beside = "the text's state" if any(s.facts.text is not None for s in self.streams) else ""
+        if self.facts.long_skips:
+            beside = "states of earlier blocks (long skips)"
+        return Streams(self.blocks(), self.streams, beside)
 
     def pool(self, hidden: Tensor) -> Tensor:
         """Return each image's whole state as one row: [batch, token, width] -> [batch, token * width]."""
@@ -166,9 +157,7 @@ class TransformerBackbone(Backbone):
     def drive(self, run: Run) -> Undo:
         """Let the state skip the remaining blocks; raises `BadArgument` for what a denoiser cannot do."""
         kind = type(self.model).__name__
-        for name, plain in (("verify", False), ("draft", None), ("kv", "catch_up"), ("rollback", None)):
-            if (given := getattr(run.options, name)) != plain:
-                raise BadArgument(f"{name}={given!r} is for models that generate tokens; {kind} does not: leave it out")
+        refuse_generation(run.options, f"{kind} answers once per call")
         if run.exits.at and run.exits.head not in self.heads:
             raise BadArgument(
                 f"heads {run.exits.head!r} would not be used: at an exit of {kind} the model's own output layers read "
@@ -186,8 +175,7 @@ class TransformerBackbone(Backbone):
                 f'head="uncertainty" and train them: offramp_diffusers.tune_heads.tune_uncertainty(model, ...)'
             )
         if isinstance(run.policy, SchedulePolicy) and (run.exits.head == "bottleneck" or self.uniform):
-            asked = {run.policy.windows(float(level), self.depth)[0][1] for level in range(1001)} - {self.depth}
-            if bare := sorted(asked - set(run.exits.at)):
+            if bare := sorted(_stops(run.policy, self.depth) - {self.depth} - set(run.exits.at)):
                 raise BadArgument(
                     f"the schedule stops at {bare}, where no head was attached (exits at {list(run.exits.at)}); attach "
                     f"one at each of its depths"
@@ -245,6 +233,13 @@ def _fitting(run: Run) -> list[str]:
         if not _missing(example) and not (isinstance(example, SchedulePolicy) and not example.timed):
             found.append(name)
     return found
+
+
+def _stops(policy: SchedulePolicy, depth: int) -> set[int]:
+    """Return the depths at which a schedule stops, of a model of `depth` blocks."""
+    if isinstance(policy, TimeSchedule):
+        return {blocks(given, depth) for given in policy.depths}
+    return {policy.windows(float(level), depth)[0][1] for level in range(int(FULL) + 1)}  # a third party's: by asking
 
 
 def _missing(policy: ExitPolicy) -> list[str]:

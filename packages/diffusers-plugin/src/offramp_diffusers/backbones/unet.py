@@ -9,9 +9,8 @@ from torch import nn
 
 from offramp.backbone import Observed, Tap
 from offramp.errors import BadArgument, UnsupportedModel
-from offramp.head import HeadContext
 from offramp_diffusers.backbones.transformer import TransformerBackbone
-from offramp_diffusers.facts import BlockFacts, Stream, model_facts, parameters
+from offramp_diffusers.facts import BlockFacts, Stream, model_facts
 
 #: down blocks return (state, states for the way up); mid and up blocks return the state
 DOWN, PLAIN = BlockFacts(state=0), BlockFacts()
@@ -41,7 +40,8 @@ class UNetBackbone(TransformerBackbone):
         self.names = [f"down_blocks.{i}" for i in range(len(down))] + ["mid_block"]
         self.names += [f"up_blocks.{i}" for i in range(len(up))]
         self.first = len(down) + 2
-        self.streams = [_stream(b, DOWN) for b in down] + [_stream(b, PLAIN) for b in (children["mid_block"], *up)]
+        self.streams = [Stream.of(b, DOWN) for b in down]
+        self.streams += [Stream.of(b, PLAIN) for b in (children["mid_block"], *up)]
         self.width = int(children["conv_norm_out"].num_channels)
         self.timed = True
 
@@ -60,22 +60,12 @@ class UNetBackbone(TransformerBackbone):
             found.append(Tap(self.names[self.first - 1 + i], self.first + i, _channels(block), layout))
         return found
 
-    def context(self) -> HeadContext:
-        """Return a readout that hands on the state; `width` is what the output layers read."""
-        context = super().context()
-        return HeadContext(context.norm, context.projection, context.finish, self.width, self.width)
-
     def observe(self, batch: Any, depths: Sequence[int], whole: bool = False) -> Observed:
         """Refuse: states of a U-Net have no rows of one width."""
         raise BadArgument(
             f"the states of {type(self.model).__name__} have no common width, so there is nothing to record or to fit "
             f"here; train its heads with offramp_diffusers.tune_heads.tune_heads(model, data, scheduler)"
         )
-
-
-def _stream(block: nn.Module, facts: BlockFacts) -> Stream:
-    places = parameters(type(block))
-    return Stream(facts, places["hidden_states"], -1, tuple(places)[1:])
 
 
 def _channels(block: Any) -> int:

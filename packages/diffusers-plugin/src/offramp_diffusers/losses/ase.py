@@ -12,9 +12,7 @@ from torch.nn import functional
 from offramp._registry import register
 from offramp.errors import BadArgument
 from offramp.loss import Loss, weigh
-
-#: noise levels go from 0 (data) to this (noise)
-FULL = 1000.0
+from offramp.policy import FULL
 
 
 @register("ase")

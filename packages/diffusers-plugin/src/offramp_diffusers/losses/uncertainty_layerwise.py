@@ -44,7 +44,7 @@ class UncertaintyLayerwise(Loss):
                 raise BadArgument(f"uncertainty_layerwise: {name} must be a weight from 0 on, not {value!r}")
         weigh([torch.zeros(())], self.weighting)  # an unknown weighting is refused here, not at the first step
 
-    def at(self, said: Tensor, wanted: Tensor, estimate: Tensor) -> Tensor:
+    def estimated_at(self, said: Tensor, wanted: Tensor, estimate: Tensor) -> Tensor:
         """Return the loss of one exit's predictions [rows, ...] whose errors were estimated as [rows]."""
         off = said.float() - wanted.float()
         target = off.detach().abs().flatten(1).mean(1).tanh()

@@ -12,10 +12,8 @@ from torch import Tensor
 
 from offramp._registry import register
 from offramp.errors import BadArgument
-from offramp.policy import Evidence, ExitPolicy, SchedulePolicy, State
+from offramp.policy import FULL, Evidence, ExitPolicy, SchedulePolicy, State
 
-#: noise levels go from 0 (data) to this (noise), whatever a model counts in
-FULL = 1000.0
 #: blocks in the ten bins of the only schedule in ASE's released code, `demo`, of the 28 of DiT-XL/2: 28.6 % fewer
 DEMO = tuple(round(blocks / 28, 4) for blocks in (28, 28, 24, 24, 20, 20, 16, 16, 12, 12))
 

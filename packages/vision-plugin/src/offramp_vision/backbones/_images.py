@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from offramp.backbone import Backbone, Observed, Undo
 from offramp.enable import Run, paused
 from offramp.errors import BadArgument
+from offramp.options import refuse_generation
 from offramp_vision.backbones._pass import ImagePass
 
 IMAGES, LABELS = ("pixel_values", "x"), ("labels", "y")
@@ -44,12 +45,7 @@ class ImageBackbone(Backbone):
 
     def drive(self, run: Run) -> Undo:
         """Let images leave inside one forward; raises `BadArgument` for options of generation."""
-        for name, plain in (("verify", False), ("draft", None), ("kv", "catch_up"), ("rollback", None)):
-            if (given := getattr(run.options, name)) != plain:
-                raise BadArgument(
-                    f"{name}={given!r} is for models that generate tokens; {type(self.model).__name__} answers once "
-                    f"per image, so there is nothing to draft and no cache: leave {name} out"
-                )
+        refuse_generation(run.options, f"{type(self.model).__name__} answers once per image")
         return ImagePass(run).install()
 
     def flag(self) -> Mapping[str, Any] | None:
@@ -94,7 +90,6 @@ def describe(batch: Any) -> str:
     if isinstance(batch, Mapping):
         return f"a mapping with {', '.join(map(repr, batch)) or 'nothing'}"
     return f"a {type(batch).__name__}"
-
 
 
 def noise(model: nn.Module, batch: int) -> Tensor:

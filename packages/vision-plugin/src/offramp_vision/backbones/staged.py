@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -50,9 +51,7 @@ class StagedBackbone(ImageBackbone):
 
     def context(self) -> HeadContext:
         """Return the model's own classifier; what comes before it is not a head's to copy."""
-        readers = _classifiers(self.model)
-        reader = readers[0] if len(readers) == 1 else Both(readers)
-        return HeadContext(nn.Identity(), reader, same, self.width, self.classes)
+        return HeadContext(nn.Identity(), _reader(_classifiers(self.model)), same, self.width, self.classes)
 
     def chain(self) -> Chain:
         """Return the blocks, and the shapes that they make of the state."""
@@ -82,6 +81,11 @@ class Both(nn.Module):
         readers = self.__dict__["readers"]
         parts = hidden.chunk(len(readers), -1)
         return torch.stack([r(p) for r, p in zip(readers, parts, strict=True)]).mean(0)
+
+
+def _reader(readers: Sequence[nn.Module]) -> nn.Module:
+    """Return the classifier, or several as one."""
+    return readers[0] if len(readers) == 1 else Both(readers)
 
 
 class _Seen(NamedTuple):
@@ -183,15 +187,13 @@ def _tried(model: nn.Module, readers: Sequence[nn.Module], groups: Sequence[Sequ
         logits, read = _read(model, readers, images)
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise UnsupportedModel("it does not return logits [batch, classes]")
-    reader = readers[0] if len(readers) == 1 else Both(readers)
-    if not near(reader(read), logits):
+    if not near(_reader(readers)(read), logits):
         raise UnsupportedModel("its output is not what its classifier says")
     shapes = [tuple(kept[i + 1].shape[1:]) for i in range(len(blocks))]
     layout = layout_of(shapes)
     if layout is None:
         raise UnsupportedModel(f"its blocks work on states of different kinds (shapes: {sorted(set(shapes))})")
-    last = [sum(map(len, groups[: i + 1])) - 1 for i in range(len(groups))]
-    first = {end + 1 - len(g) for end, g in zip(last, groups, strict=True)}
+    first = set(accumulate(map(len, groups[:-1]), initial=0))
     if not near(_leaving(model, Chain(blocks, spec), first, images), logits[:1]):
         raise UnsupportedModel("an image gets another answer when others leave between its blocks")
     return _Seen(names, blocks, spec, shapes, layout, read, logits)

@@ -74,7 +74,7 @@ class _Seen(NamedTuple):
 
 
 def _probe(model: nn.Module) -> _Seen:
-    """Run the model on 2 and 3 small batches of noise, first block only; raises `UnsupportedModel` with the reason."""
+    """Run the model on 2 and on 3 images of noise, first block only; raises `UnsupportedModel` with the reason."""
     blocks, reads = list(model.blocks), []  # type: ignore[arg-type]
     outputs: list[Any] = []
     watch = model.head.register_forward_pre_hook(lambda _, args: reads.append(args[0]))  # type: ignore[union-attr]

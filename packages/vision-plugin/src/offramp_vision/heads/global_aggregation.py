@@ -27,6 +27,8 @@ class GlobalAggregation(Perceive):
                 f"global_aggregation: stride {stride!r} must be a whole number from 1 to {min(tap.grid)}, the smaller "
                 f"side of the grid {list(tap.grid)} after {tap.name}"
             )
+        if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
+            raise BadArgument(f"global_aggregation: heads {heads!r} must be a whole number from 1 on")
         if tap.width % heads:
             raise BadArgument(f"global_aggregation: {heads} heads do not divide a width of {tap.width}; give heads=...")
         self.stride, self.heads = stride, heads

@@ -23,8 +23,8 @@ class Lgvit(ExitHead):
     """Local perception at the shallow exits, global aggregation at the deep ones.
 
     Takes 2, 4, 6 or 8 exits (of 6, two are local); heads, dropout: of the attention and the convolutions. Started at
-    random. Raises
-    `BadArgument`. Paper: LGViT (Xu et al., ACM MM 2023, arXiv 2308.00255).
+    random.
+    Raises `BadArgument`. Paper: LGViT (Xu et al., ACM MM 2023, arXiv 2308.00255).
     """
 
     whole = True
@@ -49,10 +49,6 @@ class Lgvit(ExitHead):
         if kind in "ab":
             return cls(LocalPerception.build(tap, base, kind, dropout))
         return cls(GlobalAggregation.build(tap, base, int(kind), heads))
-
-    def perceive(self, hidden: Tensor) -> Tensor:
-        """Return the tokens that the head reads [batch, token, width]."""
-        return self.inner.perceive(hidden)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map states [batch, ...] to logits [batch, classes]."""

@@ -1,1 +1,0 @@
-"""Training losses for image classifiers, one per file, found by file name."""
