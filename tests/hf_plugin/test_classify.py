@@ -67,6 +67,7 @@ def test_bench_measures_every_policy_and_the_classifier_is_reused(small, tmp_pat
     single = {n for n in offramp.names(offramp.ExitPolicy) if not n.endswith("_schedule")}
     assert set(rows) == single
     assert {row["name"] for row in body["calibrators"]} == set(offramp.names(offramp.Calibrator))
+    assert not [row for row in body["calibrators"] if row["policy"] is None]
     assert rows["never"]["saved"] == 0 and rows["never"]["live_accuracy"] == body["clock"]["full_accuracy"]
     for row in rows.values():
         measured = "speedup" in row

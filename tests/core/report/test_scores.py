@@ -5,6 +5,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from offramp import Trace
+from offramp.kernels.confidence import confidence
 from offramp.report.scores import auroc, calibration_error, confusion, exit_scores
 
 
@@ -55,3 +56,14 @@ def test_without_labels_agreement_is_the_truth():
     assert first["accuracy"] is None
     assert first["ece"] == pytest.approx((0.1 + 0.4 + 0.2 + 0.3) / 4, abs=1e-6)
     assert "outcomes" not in confusion(table())
+
+
+@pytest.mark.parametrize("statistic", ["entropy", "sharpened", "energy", "top1", "margin"])
+def test_what_falls_with_sureness_is_turned(statistic):
+    """Of logits that only differ in how sure they are, every statistic tells which row agrees."""
+    logits = torch.stack([torch.eye(4)[:2] * scale for scale in (6.0, 1.0)]).flatten(0, 1)
+    logits = torch.stack([logits, torch.eye(4)[[0, 1, 2, 3]] * 6], 1)
+    found = [confidence(z, {"label", statistic}) for z in logits.unbind(1)]
+    stats = {statistic: torch.stack([f[statistic] for f in found], 1)}
+    trace = Trace((1, 2), stats, torch.stack([f["label"] for f in found], 1), 4)
+    assert exit_scores(trace)[0]["auroc"] == {statistic: 1.0}

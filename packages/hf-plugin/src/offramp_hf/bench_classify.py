@@ -263,12 +263,15 @@ def calibrator_rows(done: Study, how: Plan) -> list[dict[str, Any]]:
     """Return what each calibrator makes of one policy: setting, certified or not, and what it does on other rows."""
     rows = []
     for method in offramp.names(offramp.Calibrator):
-        options = inspect.signature(lookup(offramp.Calibrator, method)).parameters
+        kind, policy = lookup(offramp.Calibrator, method), SHOWN
+        options, risk = inspect.signature(kind).parameters, how.risk
+        if kind.own_risk:  # it bounds what it says itself, of a policy as it is
+            risk, policy = kind.risk, lookup(offramp.ExitPolicy, SHOWN).example(done.exits.at, len(done.names))
         cost = float(torch.as_tensor(done.calibration.costs)[-1])
         more = {"budget": BUDGET * cost} if "budget" in options else {}
         try:
             made = offramp.calibrate(
-                done.calibration, SHOWN, method=method, risk=how.risk, alpha=how.alpha, delta=how.delta, **more
+                done.calibration, policy, method=method, risk=risk, alpha=how.alpha, delta=how.delta, **more
             )
             rows.append({"name": method, **as_dict(made), **_outcome(done.test, made)})
         except BadArgument as error:  # e.g. a method that needs what this trace does not hold

@@ -14,7 +14,7 @@ from offramp.trace import Trace
 #: bins of the calibration error: 15 is what papers report since Guo et al. (ICML 2017)
 BINS = 15
 #: statistics that fall as an exit grows surer
-FALLING = frozenset({"entropy"})
+FALLING = frozenset({"entropy", "sharpened", "energy"})
 
 
 def exit_scores(trace: Trace) -> list[dict[str, Any]]:
