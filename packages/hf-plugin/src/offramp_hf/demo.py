@@ -132,7 +132,7 @@ def study(
 
 
 #: ways that only some measurements want
-EXTRA = ("never", "hybrid", "prompt_lookup")
+EXTRA = ("never", "undrafted", "hybrid", "prompt_lookup")
 
 
 def make_ways(
@@ -143,6 +143,7 @@ def make_ways(
     every = {
         "generate": Generate("generate", model, new),
         "never": Generate("never", model, new, "never"),
+        "undrafted": Generate("undrafted", model, new, confident, {"verify": True, "draft": "none"}),
         "verified": Generate("verified", model, new, confident, {"verify": True}),
         "hybrid": Generate("hybrid", model, new, confident, {"verify": True, "draft": "hybrid"}),
         "calibrated": Generate("calibrated", model, new, calibration, {"kv": "catch_up"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -157,13 +158,24 @@ def _record(part: nn.Module, example: Example, check: bool) -> Function:
         warnings.simplefilter("ignore")  # that sizes become constants is meant: a recording is for one shape
         inputs = [t.detach().clone() for t in example.other] + [w.detach() for w in weights(part)]
         if check:  # no fake tensor has a value
-            with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            with FakeTensorMode(allow_non_fake_inputs=True) as fake, _unlogged("torch._subclasses.fake_tensor"):
                 step(*[fake.from_tensor(t) for t in inputs])
         graph: Any = torch.jit.trace(step, tuple(inputs), check_trace=False)
     free = {size for a, b in zip(example.other, example.inputs, strict=True) for size in a.shape if a.shape != b.shape}
     _settle_sizes(graph.graph, free)
     found: Function = graph
     return found
+
+
+@contextmanager
+def _unlogged(name: str) -> Iterator[None]:
+    """Let a logger rest: what it calls a failure is the answer to a question here."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _settle_sizes(graph: Any, free: set[int]) -> None:
