@@ -46,7 +46,7 @@ def test_demo_end_to_end_and_again(small, tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     body = json.loads((tmp_path / "report.json").read_text())
     assert json.loads((tmp_path / "copy.json").read_text()) == body
-    names = ["generate", "verified", "calibrated", "assistant_early_exit"]
+    names = ["generate", "undrafted", "verified", "calibrated", "assistant_early_exit"]
     for key in ("rows", "plain_rows"):
         assert [row["name"] for row in body[key]] == names
         for row in body[key]:

@@ -9,6 +9,7 @@ from typing import Any
 MEANING = {
     "generate": "the framework's own generate, full depth",
     "never": "offramp enabled with the policy never: the overhead",
+    "undrafted": "offramp's decoder without any exit: what it saves around the blocks",
     "verified": "drafts from exits, every token checked by the full model (lossless)",
     "calibrated": "tokens from exits at the certified risk (lossy)",
     "assistant_early_exit": "the framework's own early-exit drafting",
