@@ -267,6 +267,7 @@ def _summary(story: Study, name: str, settings: Settings) -> str:
     same = "token for token the same text" if verified["identical"] else "a text that differs"
     return (
         f"{name} ({story.depth} blocks) with {settings.head} heads at depths {depths}: "
-        f"verified, it writes {same} as plain generate at {verified['speedup']:.2f} times the speed ({alone['speedup']:.2f} without drafts); calibrated, it "
+        f"verified, it writes {same} as plain generate at {verified['speedup']:.2f} times the speed "
+        f"({alone['speedup']:.2f} without drafts); calibrated, it "
         f"skips {lossy['saved']:.0%} of the block calls at {lossy['speedup']:.2f} times the speed."
     )
