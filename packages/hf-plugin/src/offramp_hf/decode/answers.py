@@ -8,41 +8,60 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.head import Around, ExitHead, HeadContext
+from offramp.head import Around, ExitHead, HeadContext, Rows
 from offramp.kernels.confidence import PREDICTION, confidence
 from offramp_hf.backbones._calls import FEW, Slots
-from offramp_hf.backbones._replay import Example, Function, Replay
+from offramp_hf.backbones._replay import Example, Function, Replay, weights
 from offramp_hf.cache import CHUNK, GrowingLayer
 
 
 class Answers:
     """Heads with the statistics that are asked of them, and the readout; the last part of `replay` is the readout.
 
-    needs: statistics asked of every look.
+    needs: statistics asked of every look; vocabulary: ids of the classes that exits choose from, None for all.
     """
 
-    def __init__(self, heads: Sequence[ExitHead], context: HeadContext, needs: frozenset[str]) -> None:
+    def __init__(
+        self,
+        heads: Sequence[ExitHead],
+        context: HeadContext,
+        needs: frozenset[str],
+        vocabulary: Sequence[int] | None = None,
+    ) -> None:
         self.heads, self.context = heads, context
-        self.names = tuple(sorted(needs & PREDICTION))
+        self.vocabulary: Tensor | None = None
+        if vocabulary is not None:
+            with torch.inference_mode(False):
+                self.vocabulary = torch.tensor(vocabulary, device=weights(_readout(context))[0].device)
+        label = set() if vocabulary is None else {"label"}
+        self.names = tuple(sorted((needs | label) & PREDICTION))
         self.needs = frozenset(self.names)
+        #: what answers at each exit: the heads, or their narrow copies
+        self.sayers = list(heads) if (ids := self.vocabulary) is None else [head.narrowed(ids) for head in heads]
+        self.narrow = [part for sayer in self.sayers for part in sayer.modules() if isinstance(part, Rows)]
         projection = context.projection
-        self.replay = Replay([*(nn.ModuleList([head, projection]) for head in heads), _readout(context)])
+        self.replay = Replay([*(nn.ModuleList([head, projection]) for head in self.sayers), _readout(context)])
         self.mixing = Replay(heads)
         self.masks: dict[int, Tensor] = {}
 
     def begin(self) -> None:
         """A generation begins."""
+        for rows in self.narrow:
+            rows.refresh()
         self.replay.begin()
         self.mixing.begin()
         self.masks = {}
 
     def look(self, level: int, state: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return (logits [rows, classes], statistics [rows] by name) of an exit for states [rows, width]."""
-        head, names, needs = self.heads[level], self.names, self.needs
+        """Return (logits, statistics [rows] by name) of an exit for states [rows, width]; logits: of the classes that
+        it chooses from, see `spread`."""
+        head, names, needs, vocabulary = self.sayers[level], self.names, self.needs, self.vocabulary
 
         def answer(state: Tensor) -> tuple[Tensor, ...]:
             logits = head(state)
             stats = confidence(logits, needs)
+            if vocabulary is not None:
+                stats["label"] = vocabulary[stats["label"]]
             return logits, *(stats[name] for name in names)
 
         logits, *stats = _run(self.replay, level, answer, state, (state.shape, "look"))
@@ -50,8 +69,16 @@ class Answers:
 
     def predict(self, level: int, state: Tensor) -> Tensor:
         """Return the logits [..., classes] of an exit for states [..., width]."""
-        out: Tensor = _run(self.replay, level, self.heads[level], state, (state.shape, "predict"))
-        return out
+        return self.spread(_run(self.replay, level, self.sayers[level], state, (state.shape, "predict")))
+
+    def spread(self, logits: Tensor) -> Tensor:
+        """Return logits [..., classes] of what an exit says: classes that it does not choose from are impossible."""
+        ids = self.vocabulary
+        if ids is None:
+            return logits
+        # the least number, not -inf: evidence that is not finite stops no row
+        least = torch.finfo(logits.dtype).min
+        return logits.new_full((*logits.shape[:-1], self.context.classes), least).index_copy_(-1, ids, logits)
 
     def readout(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """Return (logits [..., classes], their largest [...]) of the full model for its last states [..., width]."""

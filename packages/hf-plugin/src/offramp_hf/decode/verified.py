@@ -220,7 +220,7 @@ class Verified(Driver):
         """Return by row what every exit says at the first `count` places of this round."""
         states = {level: torch.cat(parts, 1)[:, :count] for level, parts in self.passed.items()}
         self.passed = {}
-        return shadow_rows(self.heads, states)
+        return shadow_rows(self.answers, states)
 
     def commit(
         self, row: int, tokens: list[int], scores: list[Tensor] | None, logits: Tensor, depth_of: list[int], kept: int
@@ -251,8 +251,10 @@ def setup_of(run: Run) -> Setup:
 def head_cost(run: Run) -> float:
     """Return the cost of one look at an exit in blocks: the head's share of weights, and at least LOOK."""
     count: int = sum(p.numel() for p in run.backbone.chain().blocks[0].parameters())
-    weights: int = sum(p.numel() for p in run.backbone.context().projection.parameters())
-    return max(LOOK, weights / max(count, 1))
+    context, some = run.backbone.context(), run.options.draft_vocabulary
+    weights: int = sum(p.numel() for p in context.projection.parameters())
+    share = 1.0 if some is None else (some if isinstance(some, int) else len(some)) / context.classes
+    return max(LOOK, share * weights / max(count, 1))
 
 
 def _to_host(
