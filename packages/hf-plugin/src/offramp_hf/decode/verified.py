@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,15 @@ LOOK = 0.3
 WIDER = 0.04
 
 
+class Draft(NamedTuple):
+    """token: [batch, 1]; scores: [batch, classes] that it was chosen from, when sampling or processed; logits: of the
+    exit."""
+
+    token: Tensor
+    scores: Tensor
+    logits: Tensor
+
+
 class Verified(Driver):
     """Self-speculation with one shared cache (arXiv 2404.16710, 2404.18911); a draft rule says who drafts and how far.
     """
@@ -37,6 +46,7 @@ class Verified(Driver):
         self.ragged = run.backbone.ragged  # type: ignore[attr-defined]
         self.rule = run.rule
         self.needs = self.needs | self.rule.needs
+        self.spreads |= self.rule.branches
         if self.rule not in run.memory:
             setup = setup_of(run)
             run.memory[self.rule] = self.rule.start(setup), Clock(setup)
@@ -51,6 +61,8 @@ class Verified(Driver):
     def generate(self) -> None:
         """Run rounds until every row has stopped."""
         while not self.rows.done:
+            if self.clock is not None:
+                self.clock.begin(self.rows.batch, self.place.mask is not None, self.ragged and self.rows.batch > 1)
             began = perf_counter()
             self.round()
             if self.clock is not None:
@@ -103,18 +115,16 @@ class Verified(Driver):
             found = self.ask(plan.levels, state, drafts, looks, live)
             if found is None:
                 return
-            token, scores = found
+            token = found.token
             drafts.append(token)
-            guesses.append(scores)
+            guesses.append(found.scores)
             ended = self.rows.batch == 1 and looks[-1].tokens[0] in self.rows.ends
             more = not ended and self.drafter.goes_on(looks[-1], live)
 
     def ask(
         self, levels: Sequence[int], state: Tensor, drafts: list[Tensor], looks: list[Look], live: list[int]
-    ) -> tuple[Tensor, Tensor] | None:
-        """Ask the exits in turn for the next token; returns ([batch, 1] tokens, their scores), or None to stop
-        drafting.
-        """
+    ) -> Draft | None:
+        """Ask the exits in turn for the next token; returns None to stop drafting."""
         policy = self.run.policy
         memory = policy.start(self.rows.batch, state.device)
         position = self.positions(len(drafts))
@@ -135,7 +145,7 @@ class Verified(Driver):
                 self.clock.look(self.spend(began))
             if self.drafter.wants(looks[-1], live):
                 looks[-1].drafted = True
-                return token[:, None], scores
+                return Draft(token[:, None], scores, prediction)
         return None
 
     def check(self, given: list[list[int]], live: list[int]) -> None:
