@@ -98,7 +98,8 @@ class Weighed:
     """Another way, and the most memory that each of its calls took, in bytes."""
 
     def __init__(self, way: Any) -> None:
-        self.way, self.stats = way, getattr(way, "stats", None)
+        self.way = way
+        self.stats: Any = getattr(way, "stats", None)
         self.taken: list[int | None] = []
 
     @contextmanager
@@ -152,7 +153,7 @@ def measured(model: nn.Module, batch: int, ask: Ask) -> dict[str, Any]:
         blocks = exits.backbone.chain().blocks
         parts = {rows: Parts(blocks, model, rows) for rows in {batch, *left} - {0}}
         full = Weighed(parts[batch])
-        ways = {"early": early, "full": full, **{str(n): way for n, way in parts.items() if n < batch}}
+        ways: dict[str, Any] = {"early": early, "full": full, **{str(n): way for n, way in parts.items() if n < batch}}
         timed = interleaved(ways, [images] * ask.repeats, warm=int(batch <= WARM))
         kept = {rows: way.kept[-ask.repeats :] for rows, way in parts.items()}
         ideal = [sum(kept[n][r][i] for i, n in enumerate(left) if n) for r in range(ask.repeats)]
