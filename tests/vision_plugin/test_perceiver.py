@@ -144,6 +144,15 @@ def test_deep_copies_have_a_branch_of_their_own(model, exits, x):
         assert torch.equal(model(x), wanted) and not hasattr(other, "exits")
 
 
+def test_a_forward_with_gradients_that_ends_early_leaves_nothing_behind(model, exits, x):
+    with offramp.enable(model, "fixed", depth=3):
+        model(x).sum().backward()
+        assert exits.backbone.branch.flow is None and exits.backbone.branch.start.grad.any()
+    assert all(p.grad is None for p in model.layer3.parameters())
+    model.forward_features(x)  # the classifier is not called: latents wait for it
+    assert copy.deepcopy(model).exits["branch"].flow is None and exits.backbone.branch.flow is not None
+
+
 @pytest.mark.parametrize("backbone", [False, True])
 def test_training_moves_the_branch_and_the_model_only_where_asked(backbone, model, x):
     exits = perceiver.attach(model, **SMALL)
@@ -179,7 +188,7 @@ def test_live_is_as_simulated(model, exits, x):
 @torch.no_grad()
 def test_odd_batches(model, exits, x):
     with offramp.enable(model, "confidence", threshold=halfway(exits, x)) as run:
-        assert model(x[:0]).shape == (0, 5)
+        assert model(x[:0]).shape == (0, 5) and len(exits.observe(x[:0]).hidden[1]) == 0
         bad = x.clone()
         bad[1] = float("nan")
         out = model(bad)

@@ -135,8 +135,8 @@ class PerceiverBackbone(StagedBackbone):
 
         def block(index: int, call: Call) -> Any:
             output = call.run()
-            if index + 1 in depths and self.branch.flow is not None:
-                kept[index + 1] = self.branch.flow.read
+            if index + 1 in depths:
+                kept[index + 1] = self.branch.now().read
             return output
 
         def read(index: int, call: Call) -> Any:
@@ -166,6 +166,11 @@ class PerceiverBackbone(StagedBackbone):
 
 class PerceiverPass(ImagePass):
     """One forward in which images leave the model and their latents the branch."""
+
+    def forget(self) -> None:
+        """Drop everything that belongs to one forward, its latents too."""
+        super().forget()
+        self.run.backbone.branch.flow = None  # type: ignore[attr-defined]
 
     def pool(self, hidden: Tensor) -> Tensor:
         """Return what the exit reads of the latents."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.blocks import Call, state_of, with_state
+from offramp.errors import NotAttached
 from offramp_vision.heads.perceiver import Perceiver
 from offramp_vision.layouts import FIRST, map_of
 from offramp_vision.perceiver.parts import Give, Mix, Take, attention
@@ -28,6 +29,9 @@ class Flow:
         """Keep these rows."""
         self.latents = self.latents[kept]
         self.read = None if self.read is None else self.read[kept]
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """Leave a copy of the model without it: no forward of that one is on its way."""
 
 
 class Branch(nn.Module):
@@ -80,9 +84,7 @@ class Branch(nn.Module):
 
     def after(self, stage: int, state: Tensor) -> Tensor:
         """Return the map at the end of a stage after its look at the latents, and let those go on to the next."""
-        flow, more = self.flow, stage + 1 < len(self.ends)
-        if flow is None or not len(state):
-            return state
+        flow, more = self.now(), stage + 1 < len(self.ends)
         latents = self.mix[stage](flow.latents) if more else flow.latents
         given = self.give[stage](map_of(self.layout, 0, (), state), latents)
         state = state + (given if self.layout == FIRST else given.permute(0, 2, 3, 1)).to(state.dtype)
@@ -92,18 +94,22 @@ class Branch(nn.Module):
             flow.read, flow.depth = self.evidence(), depth
         return state
 
+    def now(self) -> Flow:
+        """Return the forward that is on its way; raises `NotAttached` where a block was called outside of one."""
+        if self.flow is None:
+            raise NotAttached("latents begin with the first block: call the whole model, or first exits.detach()")
+        return self.flow
+
     def evidence(self) -> Tensor:
         """Return what a readout has of the latents now: their mean, and beside it what the exit before it says."""
-        flow = self.flow
-        if flow is None:
-            raise RuntimeError("no forward is on its way")
+        flow = self.now()
         mean = flow.latents.mean(1)
         return mean if flow.read is None else torch.cat([mean, self.heads[flow.depth](flow.read).to(mean.dtype)], -1)
 
     def answer(self, index: int, call: Call) -> Any:
         """Add what the latents say to what the model's classifier says; outside a forward that is nothing."""
         logits = call.run()
-        if self.flow is None or not len(logits):
+        if self.flow is None:
             return logits
         said = self.merge(self.evidence())
         self.flow = None
