@@ -81,6 +81,11 @@ class Exits:
         """Whether the heads read the whole state at their tap."""
         return bool(self.at) and type(self[self.at[0]]).whole
 
+    @property
+    def live(self) -> bool:
+        """Whether what the heads read is trained with them."""
+        return bool(self.at) and type(self[self.at[0]]).live
+
     def observe(self, batch: Any, more: Sequence[int] = ()) -> Observed:
         """Run the full model on one batch and return what the heads need to see of it.
 

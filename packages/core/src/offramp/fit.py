@@ -83,7 +83,7 @@ def fit(
     try:
         with evaluating(model), paused(model):
             for n, stage in enumerate(stages):
-                if stage.backbone or exits.mixes:
+                if stage.backbone or exits.mixes or exits.live:
                     taps, even = stage.loss.taps(exits.at, exits.backbone.depth), stage.loss.equilibrium
                     frozen = not stage.backbone
                     source: Any = Live(exits, data, batch_size, seed, layer_dropout, fixed, frozen, taps, even)

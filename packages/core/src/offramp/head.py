@@ -77,6 +77,8 @@ class ExitHead(nn.Module):
     any_width: ClassVar[bool] = False
     #: whether it must be in train mode while it is trained, and in eval mode when it answers (batch norm)
     modal: ClassVar[bool] = False
+    #: whether what the head reads comes out of weights that are trained with it, so that the model runs in every step
+    live: ClassVar[bool] = False
 
     def reduce(self, hidden: Tensor) -> Tensor:
         """Return what weights of the head act on, of a whole state [batch, ...]: whatever else need not be kept."""

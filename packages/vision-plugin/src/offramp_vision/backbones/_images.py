@@ -48,6 +48,11 @@ class ImageBackbone(Backbone):
         refuse_generation(run.options, f"{type(self.model).__name__} answers once per image")
         return ImagePass(run).install()
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what an exits directory must agree with: also the size of images, where the model is built for one."""
+        size = size_of(self.model)
+        return {**super().fingerprint(), **({} if size is None else {"image": size})}
+
     def flag(self) -> Mapping[str, Any] | None:
         """Return the dict under `early_exit` in the model's `pretrained_cfg`, or None."""
         config = getattr(self.model, "pretrained_cfg", None)
@@ -92,14 +97,17 @@ def describe(batch: Any) -> str:
     return f"a {type(batch).__name__}"
 
 
+def size_of(model: nn.Module) -> list[int] | None:
+    """Return the size [height, width] of images that the model is built for, None where it takes any."""
+    given = next((g for m in model.modules() if (g := getattr(m, "img_size", None)) is not None), None)
+    return [given, given] if isinstance(given, int) else given if given is None else list(given)
+
+
 def noise(model: nn.Module, batch: int) -> Tensor:
     """Return images of the size that the model takes, the same each time; the global random state is not touched."""
     config = getattr(model, "pretrained_cfg", None) or {}
     channels, *size = config.get("input_size", (3, 224, 224))
-    for module in model.modules():
-        if (given := getattr(module, "img_size", None)) is not None:
-            size = [given, given] if isinstance(given, int) else list(given)
-            break
+    size = size_of(model) or size
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     like = next(p for p in model.parameters() if p.is_floating_point())
     shape = (batch, channels if first is None else first.in_channels, *size)

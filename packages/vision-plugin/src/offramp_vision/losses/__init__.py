@@ -1,0 +1,1 @@
+"""One loss per file, found by its name."""
