@@ -43,9 +43,9 @@ class Observed:
 
     hidden: one [rows, width] per tap asked for; final: the last hidden state [rows, width], before the readout;
     targets: [rows] labels or None; position: [rows] place in the sequence or None; sample: [rows] which input row it
-    came from. For heads that mix: whole: the states [batch, token, width] per tap; keep: bool [batch, token], which of
-    their tokens are the rows; around: what surrounds them. states: [rows, width] by depth, of all depths, where a loss
-    wants more of them than heads read.
+    came from; last: the whole state after the last block [rows, ...], where a loss wants it. For heads that mix: whole:
+    the states [batch, token, width] per tap; keep: bool [batch, token], which of their tokens are the rows; around:
+    what surrounds them. states: [rows, width] by depth, of all depths, where a loss wants more of them than heads read.
     """
 
     hidden: list[Tensor]
@@ -57,6 +57,11 @@ class Observed:
     keep: Tensor | None = None
     around: Around | None = None
     states: dict[int, Tensor] = field(default_factory=dict)
+    last: Tensor | None = None
+
+    def kept(self) -> list[Tensor]:
+        """Return all states, which fill the memory where they are kept."""
+        return [*self.whole, *self.hidden, self.final, *([] if self.last is None else [self.last])]
 
 
 class Backbone(ABC):

@@ -32,7 +32,7 @@ class Live:
     Keys and values of places that skip a block stay in it, but only later places look at them, and those skip it too.
     frozen: only the heads are trained; the model runs once per batch, in eval mode, and what fits into CACHE_BYTES is
     kept. taps: further depths whose states are wanted, in `Observed.states` with those of all depths. equilibrium: take
-    the part of gradient equilibrium that lies between blocks.
+    the part of gradient equilibrium that lies between blocks. deepest: keep the whole state after the last block too.
     """
 
     def __init__(
@@ -46,9 +46,10 @@ class Live:
         frozen: bool = False,
         taps: Sequence[int] = (),
         equilibrium: bool = False,
+        deepest: bool = False,
     ) -> None:
         self.exits, self.data, self.batch_size, self.schedule = exits, data, batch_size, schedule
-        self.frozen, self.taps = frozen, taps
+        self.frozen, self.taps, self.deepest = frozen, taps, deepest
         #: by which factor gradients of the state after a block go on downwards: n / (n + 1) under n exits
         self.share: dict[int, float] = {}
         if equilibrium:
@@ -77,7 +78,7 @@ class Live:
                 one = self.observe(batch)
                 if kept is not None:
                     kept.append(one)
-                    size += sum(h.numel() * h.element_size() for h in (*one.whole, *one.hidden, one.final))
+                    size += sum(h.numel() * h.element_size() for h in one.kept())
                     kept = kept if size <= CACHE_BYTES else None
                 yield one
                 seen += 1
@@ -95,14 +96,14 @@ class Live:
         exits, model, backbone = self.exits, self.exits.model, self.exits.backbone
         if self.frozen:
             with torch.no_grad():
-                return exits.observe(batch)
+                return exits.observe(batch, deepest=self.deepest)
         if self.schedule is not None:
             self.runs = runs(self.schedule, backbone.generated(batch), backbone.depth)
         acts = any(self.rates) or self.schedule is not None or self.share
         undo = backbone.chain().install(self._block) if acts else None
         model.train()
         try:
-            return exits.observe(batch, self.taps)
+            return exits.observe(batch, self.taps, self.deepest)
         finally:
             model.eval()
             if undo is not None:
