@@ -107,6 +107,13 @@ class Backbone(ABC):
         """Run the full model on one batch and return the states at `depths`; nothing changed. Gradients are the
         caller's choice; whole: fill `Observed.whole` too (only where `sequences` is set)."""
 
+    def batched(self, data: Any, batch_size: int, seed: int | None = None) -> Any:
+        """Return data as batches of this model where it is a data set of its framework, else as it is.
+
+        seed: of the order of rows, another one each time round; None for the order of the data.
+        """
+        return data
+
     def generated(self, batch: Any) -> Tensor:
         """Return which generated token, from 0, each place [batch, token] of a batch predicts; prompts are negative.
         Raises `BadArgument` for models that generate no tokens."""

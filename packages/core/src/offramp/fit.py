@@ -59,7 +59,7 @@ def fit(
 ) -> FitReport:
     """Train all heads together on `data`, or the gates, as the loss says, with the backbone frozen unless asked.
 
-    data: as the model takes it (labels only for loss="labels"); batch_size: rows of the model's own input per
+    data: as for `record` (labels only for loss="labels"); batch_size: rows of the model's own input per
     forward; rows: samples (tokens) per step; lr: AdamW's, cosine to zero with 5 % warm-up; options: the loss's
     (`temperature`, `weighting`, ...). backbone: train the model too, on one batch per step (`rows` has no meaning
     then); layer_dropout: rate of the last block, per sample, rising with depth (arXiv 2404.16710);
@@ -77,6 +77,7 @@ def fit(
     stages = plan(schedule if isinstance(schedule, str) else None, objective, steps, backbone)
     for stage in stages:  # all of them, before the first changes anything
         _check(exits, stage, layer_dropout, fixed)
+    data = exits.backbone.batched(data, batch_size, seed)
     started = time.perf_counter()
     grads = {p: p.requires_grad for p in model.parameters()}
     report = FitReport()
