@@ -36,7 +36,8 @@ class ByModel(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put the sub-command in front of options that come without one; raises `BadArgument` where none is meant."""
-        given = next((a.partition("=")[2] or b for a, b in zip(args, [*args[1:], ""]) if a.startswith("--model")), None)
+        after = [*args[1:], ""]
+        given = next((a[8:] or b for a, b in zip(args, after, strict=True) if a.split("=")[0] == "--model"), None)
         if given is not None and args[0].startswith("-"):
             args = [self._meant(ctx, given), *args]
         return super().parse_args(ctx, args)

@@ -1,4 +1,4 @@
-"""Commands for a timm model and a folder of images: `offramp fit --model timm/NAME` and `offramp record --model ...`."""
+"""Commands for a timm model and a folder of images: `offramp fit` and `offramp record` with `--model timm/NAME`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from offramp.errors import BadArgument
 Model = Annotated[
     str,
     typer.Option(
-        "--model", metavar="timm/NAME", help="A model of timm, or of a folder or hub: timm/local-dir:DIR, timm/hf-hub:ID."
+        "--model", metavar="timm/NAME", help="A model of timm, of a folder or a hub: timm/local-dir:DIR, timm/hf-hub:ID"
     ),
 ]
 Data = Annotated[Path, typer.Option("--data", help="Folder of images, one folder per class.")]
