@@ -25,6 +25,15 @@ def write(run: Mapping[str, Any], path: str | Path) -> None:
     write_text(Path(path), html(run))
 
 
+def save(run: Mapping[str, Any], folder: Path) -> None:
+    """Write report.json and report.html into `folder`."""
+    from offramp.checkpoint import write_text
+    from offramp.cli import dump_json
+
+    write_text(folder / "report.json", dump_json(run))
+    write(run, folder / "report.html")
+
+
 def read(path: str | Path) -> dict[str, Any]:
     """Read the JSON of a run; raises `DamagedFile` when it is not one."""
     from offramp.checkpoint import read_json
