@@ -14,7 +14,7 @@ FORMAT = 1
 #: what a run's JSON may hold, of which a report needs at least one
 PARTS = (
     *("rows", "plain_rows", "certificate", "trace", "text", "exits"),
-    *("policies", "calibrators", "exit_scores", "confusion"),
+    *("policies", "calibrators", "exit_scores", "confusion", "images", "runs"),
 )
 
 
