@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ def load(seed: int = 0, fonts: bool = True) -> Digits:
     return Digits(images[order], labels[order], source)
 
 
+@cache
 def handwritten() -> tuple[Tensor, Tensor]:
     """Return scikit-learn's digits, enlarged: images [1797, 1, 32, 32] from -1 to 1, labels [1797]."""
     try:
@@ -55,6 +57,7 @@ def handwritten() -> tuple[Tensor, Tensor]:
     return images, torch.tensor(found.target, dtype=torch.long)
 
 
+@cache
 def printed() -> tuple[Tensor, Tensor]:
     """Return the ten digits in every font found: images [10 n, 1, 32, 32] from -1 to 1, labels; none without fonts."""
     sheets = [[_glyph(path, str(digit)) for digit in range(CLASSES)] for path in fonts()]
