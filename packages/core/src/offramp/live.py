@@ -33,7 +33,7 @@ class Live:
     frozen: only the heads are trained; the model runs in eval mode, and, unless what they read is trained with them,
     once per batch, of which what fits into CACHE_BYTES is kept. taps: further depths whose states are wanted, in
     `Observed.states` with those of all depths. equilibrium: take the part of gradient equilibrium that lies between
-    blocks.
+    blocks. deepest: keep the whole state after the last block too.
     """
 
     def __init__(
@@ -47,9 +47,10 @@ class Live:
         frozen: bool = False,
         taps: Sequence[int] = (),
         equilibrium: bool = False,
+        deepest: bool = False,
     ) -> None:
         self.exits, self.data, self.batch_size, self.schedule = exits, data, batch_size, schedule
-        self.frozen, self.taps = frozen, taps
+        self.frozen, self.taps, self.deepest = frozen, taps, deepest
         #: whether states are the same in every step, and kept
         self.still = frozen and not exits.live
         #: by which factor gradients of the state after a block go on downwards: n / (n + 1) under n exits
@@ -80,7 +81,7 @@ class Live:
                 one = self.observe(batch)
                 if kept is not None:
                     kept.append(one)
-                    size += sum(h.numel() * h.element_size() for h in (*one.whole, *one.hidden, one.final))
+                    size += sum(h.numel() * h.element_size() for h in one.kept())
                     kept = kept if size <= CACHE_BYTES else None
                 yield one
                 seen += 1
@@ -98,14 +99,14 @@ class Live:
         exits, model, backbone = self.exits, self.exits.model, self.exits.backbone
         if self.still:
             with torch.no_grad():
-                return exits.observe(batch)
+                return exits.observe(batch, deepest=self.deepest)
         if self.schedule is not None:
             self.runs = runs(self.schedule, backbone.generated(batch), backbone.depth)
         acts = any(self.rates) or self.schedule is not None or self.share
         undo = backbone.chain().install(self._block) if acts else None
         (exits.modules if self.frozen else model).train()
         try:
-            return exits.observe(batch, self.taps)
+            return exits.observe(batch, self.taps, self.deepest)
         finally:
             model.eval()
             if undo is not None:

@@ -7,11 +7,17 @@ from typing import Annotated
 import typer
 
 from offramp.cli import Json, console, group, write_json
+from offramp_vision.commands_demo import bench_heads, demo_vision
+from offramp_vision.commands_fit import fit_vision, record_vision
 
 
 def add(app: typer.Typer) -> None:
-    """Add `offramp bench vision`."""
+    """Add the commands to the application."""
+    group(app, "demo").command("vision")(demo_vision)
+    group(app, "fit").command("vision")(fit_vision)
+    group(app, "record").command("vision")(record_vision)
     group(app, "bench").command("vision")(bench_vision)
+    group(app, "bench").command("heads")(bench_heads)
 
 
 def bench_vision(

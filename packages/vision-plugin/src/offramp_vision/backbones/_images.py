@@ -26,6 +26,14 @@ class ImageBackbone(Backbone):
         """Run the model on a tensor of images, or on those of (images, labels) or of a mapping."""
         return self.model(split(batch)[0])
 
+    def batched(self, data: Any, batch_size: int, seed: int | None = None) -> Any:
+        """Return batches of a data set of (image, label) or of rows with an image, preprocessed for this model."""
+        from offramp_vision.data import is_rows, loader, splits_of  # it imports this module
+
+        if splits := splits_of(data):
+            raise BadArgument(f"the data comes in parts ({', '.join(splits)}); give one, e.g. data[{splits[0]!r}]")
+        return loader(data, self.model, self.context().classes, batch_size, seed) if is_rows(data) else data
+
     def observe(self, batch: Any, depths: Sequence[int], whole: bool = False) -> Observed:
         """Return the pooled states of each image at `depths` and at the end, and the labels if the batch has some."""
         images, labels = split(batch)

@@ -1,1 +1,1 @@
-"""One loss per file, found by its name."""
+"""Training losses for exits of images, one per file, found by file name."""
