@@ -1,4 +1,4 @@
-"""The training loop resumes exactly and trains on two processes what it trains on one; as a script, one such process."""
+"""Training resumes exactly, and on two processes trains what it does on one; as a script this is one such process."""
 
 import json
 import os

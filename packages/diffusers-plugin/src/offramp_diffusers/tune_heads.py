@@ -74,8 +74,8 @@ def tune_uncertainty(
     resume: bool = False,
     **options: Any,
 ) -> TuneReport:
-    """Train attached heads "uncertainty" to estimate the error of their exit, each in turn; with `backbone` the model
-    too, to be less wrong where it is trusted.
+    """Train attached heads "uncertainty" to estimate the error of their exit, each in turn; output layers of their own,
+    and with `backbone` the model too, to be less wrong where they are trusted.
 
     data, scheduler, folder, every, resume: as for `tune`; options: the loss's. Raises `NotAttached`, `BadArgument`,
     `DamagedFile`. Paper: DeeDiff (arXiv 2309.17074).
@@ -89,7 +89,9 @@ def tune_uncertainty(
     check_data(model, data, scheduler)
     how = How(steps, lr, batch_size, ema, seed, progress, folder, every, resume)
     objective = objective_of(loss, options, "estimated_at", "estimate", "uncertainty_layerwise")
-    if not backbone:  # the second part is about the model, and must not teach the estimate to distrust everything
+    heads: list[Any] = [exits[depth] for depth in exits.at]
+    if not backbone and not heads[0].layers:
+        # the second part is about what answers, and must not only teach the estimate to distrust everything
         objective = dataclasses.replace(objective, trusted=0.0)
     weights = [*exits.modules.parameters()] if not backbone else [*model.parameters()]
 
