@@ -90,7 +90,7 @@ class Denoise:
         """Remove every hook, last one first; hooks that others put on top of ours stay."""
         tops: list[tuple[nn.Module, Any]] = []
         for hook in self.mine:
-            now = hook.module.__dict__.get("forward")
+            now = hook.module.__dict__.get(hook.place)
             if now != hook.forward and _compat.take_out(hook.module, hook.forward, hook.original):
                 tops.append((hook.module, now))
         while self.removes:
@@ -123,11 +123,16 @@ class Denoise:
         """Raise where another library took our hooks off the blocks: the full model would run, and nobody would know.
         """
         for hook in self.mine[:1] + self.mine[-1:]:
-            now = hook.module.__dict__.get("forward")
+            now = hook.module.__dict__.get(hook.place)
             if now is None or (now != hook.forward and not _compat.covered(now, hook.forward)):
                 raise BadArgument(
                     "another library took offramp's hooks off the blocks of this model after offramp.enable; enable "
                     "once more: run.disable(); offramp.enable(...)"
+                )
+            if hook.place != "forward" and (cache := _compat.cached(hook.module)) is not None:
+                raise BadArgument(
+                    f"{cache} is inside blocks that were compiled in place, and exits around it keep it from seeing "
+                    f"its last block; leave one out, or compile with blocks[i] = torch.compile(block) instead"
                 )
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
