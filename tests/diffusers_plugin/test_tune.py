@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    SD3Transformer2DModel,
+)
 
 import offramp
 from offramp.enable import RUN
@@ -10,8 +19,9 @@ from offramp.errors import BadArgument, NotAttached
 from offramp_diffusers import facts
 from offramp_diffusers.facts import ModelFacts, noise_level
 from offramp_diffusers.fit_schedule import fit_schedule
+from offramp_diffusers.noising import noised
 from offramp_diffusers.policies.time_schedule import TimeSchedule, two_stage
-from offramp_diffusers.tune import ADAPTER, errors, noised, tune
+from offramp_diffusers.tune import ADAPTER, errors, tune
 from offramp_diffusers.tune_heads import tune_heads, tune_uncertainty
 
 
@@ -158,3 +168,74 @@ def test_a_loss_of_another_kind_is_refused(dit, data):
     wanted = r"no method estimated_at\(said, wanted, estimate\); write loss='uncertainty_layerwise'"
     with pytest.raises(BadArgument, match=wanted):
         tune_uncertainty(dit, data, DDPMScheduler(), loss="ase", steps=1, progress=False)
+
+
+def test_what_the_scheduler_predicts_is_asked_before_anything_changes(dit, data, marks):
+    before, flags = marks(dit), [p.requires_grad for p in dit.parameters()]
+    scheduler = DDPMScheduler()
+    scheduler.register_to_config(prediction_type="score")
+    strangers = (scheduler, "predicts 'score'; known: epsilon"), (EDMEulerScheduler(), "has no alphas_cumprod")
+    for strange, match in strangers:
+        with pytest.raises(BadArgument, match=match):
+            tune(dit, data, strange, steps=1, lora=2, progress=False)
+    with pytest.raises(BadArgument, match="takes no label; its arguments: hidden_states, timestep"):
+        tune(dit, {**data, "label": torch.zeros(32)}, DDPMScheduler(), steps=1, lora=2, progress=False)
+    assert marks(dit) == before and [p.requires_grad for p in dit.parameters()] == flags
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(
+    "solver", [DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, DPMSolverMultistepScheduler]
+)
+def test_every_solver_trains_on_what_its_pipeline_shows_the_model(solver, kind, dit):
+    """Euler and Heun mix in more noise and scale it down again before the model sees it."""
+    scheduler = solver(prediction_type=kind)
+    scheduler.set_timesteps(1000)
+    draw = torch.Generator().manual_seed(0)
+    data = {"sample": torch.randn(8, 4, 8, 8)}
+    given, wanted, _ = noised(data, torch.arange(8), scheduler, (1.0, 1000.0), draw, dit)
+    seed = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    plain = DDPMScheduler(beta_start=scheduler.config.beta_start, beta_end=scheduler.config.beta_end)
+    for row, t in enumerate(given["timestep"]):
+        one = plain.add_noise(data["sample"][row], seed[row], t)
+        if hasattr(scheduler, "sigmas") and solver in (EulerDiscreteScheduler, HeunDiscreteScheduler):
+            scheduler._step_index = scheduler._begin_index = None
+            mixed = scheduler.add_noise(data["sample"][row : row + 1], seed[row : row + 1], t.reshape(1).float())
+            one = scheduler.scale_model_input(mixed, t.float())[0]
+        assert torch.allclose(given["hidden_states"][row], one, atol=1e-4), int(t)
+        target = {"epsilon": seed[row], "sample": data["sample"][row]}.get(kind)
+        target = plain.get_velocity(data["sample"][row], seed[row], t) if target is None else target
+        assert torch.allclose(wanted[row], target, atol=1e-5)
+
+
+def test_a_second_training_goes_on_with_the_adapter_of_the_first(dit, data):
+    options = {"steps": 3, "lr": 1e-2, "batch_size": 4, "progress": False, "ema": 0}
+    tune(dit, data, DDPMScheduler(), two_stage(2, 6), lora=2, **options)
+    first = {k: v.clone() for k, v in dit.state_dict().items() if ADAPTER in k}
+    with pytest.raises(BadArgument, match="an adapter 'early_depths' of rank 2 already; go on with lora=2"):
+        tune(dit, data, DDPMScheduler(), lora=4, **options)
+    tune(dit, data, DDPMScheduler(), two_stage(2, 6), lora=2, **{**options, "lr": 1e-6})
+    assert all(torch.allclose(v, first[k], atol=1e-4) for k, v in dit.state_dict().items() if k in first)
+
+
+def test_diffusers_knows_the_adapter_and_saves_it(data, tmp_path):
+    small = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 3}
+    heads = {"attention_head_dim": 8, "num_attention_heads": 2, "caption_projection_dim": 16, "pos_embed_max_size": 8}
+    model = SD3Transformer2DModel(**small, **heads, joint_attention_dim=12, pooled_projection_dim=10)
+    given = {"encoder_hidden_states": torch.randn(32, 5, 12), "pooled_projections": torch.randn(32, 10)}
+    latents = {"sample": data["sample"], **given}
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    tune(model, latents, scheduler, steps=3, lr=1e-2, lora=2, batch_size=4, ema=0, progress=False)
+    batch = {"hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([900.0, 10.0])}
+    batch |= {k: v[:2] for k, v in given.items()}
+    with torch.no_grad():
+        tuned = model(**batch).sample
+        model.disable_adapters()
+        plain = model(**batch).sample
+        model.enable_adapters()
+        model.save_lora_adapter(tmp_path, adapter_name=ADAPTER)
+        model.delete_adapters(ADAPTER)
+        assert torch.equal(model(**batch).sample, plain) and not torch.equal(tuned, plain)
+        file = {"weight_name": "pytorch_lora_weights.safetensors", "prefix": None}
+        model.load_lora_adapter(tmp_path, adapter_name="again", **file)
+        assert torch.allclose(model(**batch).sample, tuned, atol=1e-5)
