@@ -20,7 +20,8 @@ class Options:
     name, option: value}, a number of tokens, or None to let it adapt; kv: what supplies deeper keys and values when
     not verifying; window: most tokens that wait for them (None: 100 with kv="recompute", any number with "catch_up");
     strict: raise instead of falling back to the full model; rollback: surprise in nats above which an early token is
-    taken back once the deep blocks have seen it (kv="catch_up", one row; arXiv 2310.05424)."""
+    taken back once the deep blocks have seen it (kv="catch_up", one row; arXiv 2310.05424); compile: run blocks
+    compiled by torch."""
 
     verify: bool = False
     draft: Any = None
@@ -28,11 +29,12 @@ class Options:
     window: int | None = None
     strict: bool = False
     rollback: float | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.rollback is not None:
             self._check_rollback(self.rollback)
-        for name in ("verify", "strict"):
+        for name in ("verify", "strict", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise BadArgument(f"{name}={getattr(self, name)!r} must be True or False")
         if self.kv not in KV:
@@ -70,7 +72,7 @@ def refuse_generation(options: Options, kind: str) -> None:
     """
     plain = Options()
     for name in OPTIONS:
-        if name != "strict" and (given := getattr(options, name)) != getattr(plain, name):
+        if name not in ("strict", "compile") and (given := getattr(options, name)) != getattr(plain, name):
             raise BadArgument(
                 f"{name}={given!r} is for models that generate tokens; {kind}, so there is nothing to draft and no "
                 f"cache: leave {name} out"
