@@ -6,9 +6,13 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.profiler import profile
 
 import offramp
+from offramp import engine
 from offramp.enable import paused
+from offramp.kernels.confidence import PREDICTION
 from offramp.policy import ExitPolicy
 from offramp.testing.toy import ToyModel
 
@@ -262,3 +266,70 @@ def test_gradients_flow_through_the_exit_that_answered(model, exits, x):
     with torch.enable_grad(), offramp.enable(model, "fixed", depth=2):
         model(x).sum().backward()
     assert model.embed.weight.grad.abs().sum() > 0
+
+
+class Waits(TorchFunctionMode):
+    """What brings values from the device to the host, and so waits for it."""
+
+    NAMES = {"tolist", "item", "__bool__", "__int__", "__float__", "__index__", "nonzero", "numpy", "unique", "cpu"}
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        at = args[1] if name in ("__getitem__", "__setitem__") else None
+        if name in self.NAMES or (isinstance(at, torch.Tensor) and at.dtype == torch.bool):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["confidence", "entropy", "margin", "patience"])
+def test_one_wait_for_the_device_per_decision(model, exits, x, monkeypatch, name):
+    """And one at the end, for the depths. Nothing else that torch calls a read of a scalar, or a search, happens."""
+    options = {"patience": {"patience": 1}, "entropy": {"threshold": 1.55}}.get(name, {"threshold": 0.25})
+    looks = []
+    monkeypatch.setattr(engine, "look", lambda *a, look=engine.look, **k: looks.append(1) or look(*a, **k))
+    monkeypatch.setattr(offramp.Stats, "count", lambda self, depths: None)  # of what is on the host already
+    with offramp.enable(model, name, **options):
+        with Waits() as waits, profile() as seen:
+            model(x)
+    assert looks and waits.seen == ["tolist"] * len(looks) + ["cpu"]
+    costly = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_nonzero", "aten::masked_select"}
+    assert not costly & {event.name for event in seen.events()}
+
+
+def test_a_wait_would_be_seen():
+    with Waits() as waits, profile() as seen:
+        t = torch.ones(3)
+        int(t.sum()), t[t > 0], t.nonzero()
+    assert waits.seen == ["__int__", "__getitem__", "nonzero"]
+    assert {"aten::_local_scalar_dense", "aten::nonzero"} <= {event.name for event in seen.events()}
+
+
+@pytest.mark.parametrize("policy", ["fixed", "saturation", "confidence", "entropy", "margin", "energy"])
+def test_exactly_what_the_policy_needs_is_computed(model, exits, x, monkeypatch, policy):
+    """No statistic that it does not name; where it names none of a prediction, no head runs but for rows that leave."""
+    options = {"fixed": {"depth": 4}}.get(policy, {"threshold": 0.5})
+    asked, made, rows, real = [], [], [], engine.confidence
+
+    def confidence(prediction, needs):
+        asked.append(frozenset(needs))
+        made.append(set(real(prediction, needs)))
+        return real(prediction, needs)
+
+    monkeypatch.setattr(engine, "confidence", confidence)
+    for depth in AT:
+        exits[depth].register_forward_hook(lambda m, args, out: rows.append(len(out)))
+    made_policy = offramp.policy(policy, **options)
+    with offramp.enable(model, made_policy):
+        model(x)
+    wanted = made_policy.statistics() & PREDICTION
+    assert set(asked) <= {wanted} and all(wanted <= one for one in made)
+    if policy == "fixed":
+        assert rows == [len(x)] and not asked
+    elif policy == "saturation":
+        assert not asked
+    else:
+        assert asked

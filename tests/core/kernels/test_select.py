@@ -10,8 +10,11 @@ import pytest
 import torch
 
 import offramp
-from offramp.errors import UnknownName
+from offramp import kernels
+from offramp.errors import BadArgument, UnknownName
 from offramp.kernels import _select
+from offramp.kernels.fill_kv import Projection
+from offramp.kernels.head_stats import Norm
 
 HERE = Path(__file__).parent
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="triton is made for Linux")
@@ -85,6 +88,34 @@ def test_triton_without_its_interpreter(monkeypatch):
     with pytest.warns(UserWarning, match="Triton does not compile for 'cpu'; set TRITON_INTERPRET=1"):
         call()
     assert "TRITON_INTERPRET=1" in offramp.kernels.available("head_stats")["triton"]
+
+
+def elsewhere(*size):
+    return torch.zeros(*size, device="meta")
+
+
+#: op -> a call with one tensor on another device
+SPLIT = {
+    "head_stats": lambda: kernels.head_stats(torch.zeros(2, 4), elsewhere(5, 4)),
+    "subset_logits": lambda: kernels.subset_logits(torch.zeros(2, 4), elsewhere(5, 4), torch.zeros(2, 3).long()),
+    "compact": lambda: kernels.compact(torch.ones(3).bool(), elsewhere(3, 4)),
+    "scatter": lambda: kernels.scatter(torch.zeros(1).long(), elsewhere(1, 4), torch.zeros(3, 4)),
+    "verify": lambda: kernels.verify(torch.zeros(2, 3).long(), elsewhere(2, 4).long()),
+    "span_margin": lambda: kernels.span_margin(torch.zeros(1, 3, 5), elsewhere(1, 3).bool()),
+    "fill_kv": lambda: kernels.fill_kv(
+        torch.zeros(1, 4), [Projection(Norm(torch.ones(4)), torch.zeros(2, 4), torch.zeros(2, 4))],
+        [torch.zeros(1, 1, 3, 2)], [elsewhere(1, 1, 3, 2)], torch.zeros(1).long(),
+    ),
+    "row_attention": lambda: kernels.row_attention(
+        torch.zeros(1, 2, 4), torch.zeros(3, 1, 5, 4), elsewhere(3, 1, 5, 4), *torch.zeros(2, 1).long()
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", _select._stems("offramp.kernels.triton"))
+def test_tensors_on_two_devices_are_named(op):
+    with pytest.raises(BadArgument, match=f"{op} was given tensors on cpu and on meta; move them to one device"):
+        SPLIT[op]()
 
 
 def test_available():

@@ -38,6 +38,12 @@ def test_projected_as_it_goes(implementation, device, with_bias):
     torch.testing.assert_close(found.double(), wanted(logits, where).to(device), rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
+def test_not_contiguous(implementation, device):
+    values, where = torch.randn(4, 5, 14, device=device), torch.rand(2, 10, device=device) > 0.3
+    given = values[::2, :, ::2], where[:, ::2]
+    torch.testing.assert_close(span_margin(*given), span_margin(*(t.contiguous() for t in given)), equal_nan=True)
+
+
 def test_equal_classes_are_no_margin(implementation, device):
     logits = torch.tensor([[[1.0, 3.0, 3.0]]], device=device)
     assert span_margin(logits, torch.ones(1, 1, dtype=torch.bool, device=device)).tolist() == [0.0]

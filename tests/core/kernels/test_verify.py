@@ -49,6 +49,14 @@ def test_chain_by_hand(implementation, device):
     assert found.keep.tolist() == [[0, 1, 2, 3], [0, 1, 2, -1], [0, -1, -1, -1]]
 
 
+def test_not_contiguous(implementation, device):
+    drafts, target = torch.randint(2, (4, 6), device=device), torch.randint(2, (8, 4), device=device)
+    lengths = torch.tensor([[3, 0], [2, 0], [1, 0], [0, 0]], device=device)[:, 0]
+    given = drafts[:, ::2], target[::2].t(), lengths
+    for got, wanted in zip(verify(*given), verify(*(t.contiguous() for t in given)), strict=True):
+        assert torch.equal(got, wanted)
+
+
 def test_rejection_keeps_the_distribution(implementation):
     """Drafts from q, corrected: first tokens are distributed as p (chi-squared, 4 classes, below the 0.999 mark)."""
     n, p, q = 40_000, torch.tensor([0.5, 0.2, 0.25, 0.05]), torch.tensor([0.1, 0.6, 0.3, 0.0])

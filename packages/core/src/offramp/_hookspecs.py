@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 from torch import nn
@@ -35,6 +35,13 @@ def offramp_part(whole: object) -> nn.Module | None:
 @hookspec
 def offramp_commands(app: typer.Typer) -> None:
     """Add commands to the `offramp` command line."""
+
+
+@hookspec
+def offramp_overhead(executor: str | None, repeats: int, compiled: bool) -> list[dict[str, Any]] | None:
+    """Return the rows of `offramp bench overhead` of your executor, as `offramp.bench_overhead.row` makes them; None
+    when it is not the one asked for (None: all are). compiled: measure the compiled path too, where there is one.
+    """
 
 
 @hookspec

@@ -76,6 +76,8 @@ class Backbone(ABC):
     tail: bool = False
     #: whether calls carry a noise level, as those of denoisers do
     timed: bool = False
+    #: whether `drive` sees to compile=True itself, because its blocks cannot be compiled each alone
+    compiles: bool = False
 
     @property
     def depth(self) -> int:

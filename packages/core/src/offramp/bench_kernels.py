@@ -15,6 +15,8 @@ from torch.nn import functional
 from offramp import kernels
 from offramp.clock import interleaved, origin
 from offramp.errors import UnknownName, did_you_mean
+from offramp.kernels.fill_kv import Projection
+from offramp.kernels.head_stats import Norm
 
 Way = Callable[[], Any]
 #: classes x width of two language models' unembeddings
@@ -146,8 +148,90 @@ def span_margin(quick: bool, device: str, compiled: bool) -> Iterator[Case]:
     yield Case("span_margin", f"{positions} x {width} x {classes}", hidden.dtype, ways, weight.nbytes)
 
 
+def scatter(quick: bool, device: str, compiled: bool) -> Iterator[Case]:
+    """Half of a batch of images as ViT-B sees it, put back."""
+    rows, tokens, width = (8, 5, 16) if quick else (64, 197, 768)
+    out, index = torch.randn(rows, tokens, width, device=device), torch.arange(0, rows, 2, device=device)
+    values = torch.randn(len(index), tokens, width, device=device)
+    ways: dict[str, Way] = {
+        "kernel": lambda: kernels.scatter(index, values, out),
+        "index": lambda: out.__setitem__(index, values),
+    }
+    yield Case("scatter", f"{rows} x {tokens} x {width}, half", out.dtype, ways, 2 * values.nbytes)
+
+
+def verify(quick: bool, device: str, compiled: bool) -> Iterator[Case]:
+    """Chains of 5 drafts and trees of 16, for 8 texts, against a walk on the host."""
+    rows = 2 if quick else 8
+    for shape, count in (("chain", 5), ("tree", 16)):
+        drafts = torch.randint(4, (rows, count), device=device)
+        target = torch.randint(4, (rows, count + 1), device=device)
+        tree = torch.stack([torch.randint(-1, d, (rows,)) for d in range(count)], 1).to(device)
+        parents = None if shape == "chain" else tree
+        ways: dict[str, Way] = {
+            "kernel": lambda d=drafts, t=target, p=parents: kernels.verify(d, t, parents=p),  # type: ignore[misc]
+            "host": lambda d=drafts, t=target, p=parents: walk_on_host(d, t, p),  # type: ignore[misc]
+        }
+        yield Case("verify", f"{rows} x {count}, {shape}", drafts.dtype, ways, drafts.nbytes + target.nbytes)
+
+
+def walk_on_host(drafts: Tensor, target: Tensor, parents: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Write `verify` as a decoding loop does: token ids to the host, a walk per row, the result back."""
+    chain = [list(range(-1, drafts.shape[1] - 1))] * len(drafts)
+    kept, said = [], []
+    parts = (drafts.tolist(), target.tolist(), chain if parents is None else parents.tolist())
+    for draft, wanted, before in zip(*parts, strict=True):
+        path = [0]
+        for d, token in enumerate(draft):
+            if before[d] + 1 == path[-1] and token == wanted[path[-1]]:
+                path.append(d + 1)
+        kept.append(path + [-1] * (len(draft) + 1 - len(path)))
+        said.append(wanted[path[-1]])
+    return torch.tensor(said, device=drafts.device), torch.tensor(kept, device=drafts.device)
+
+
+def fill_kv(quick: bool, device: str, compiled: bool) -> Iterator[Case]:
+    """12 blocks that one token skipped, in a model of width 1,024 with 4 heads of keys, against its own modules."""
+    blocks, width, heads, dim, room = (2, 16, 1, 4, 8) if quick else (12, 1024, 4, 64, 512)
+    for dtype in (torch.bfloat16, torch.float32):
+
+        def draw(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+            return (torch.randn(*size, device=device) / 32).to(dtype)
+
+        made = [
+            Projection(Norm(draw(width)), draw(heads * dim, width), draw(heads * dim, width))
+            for _ in range(blocks)
+        ]
+        keys, values = ([draw(1, heads, room, dim) for _ in range(blocks)] for _ in range(2))
+        given = draw(1, width), made, keys, values, torch.tensor([room // 2], device=device), draw(1, dim), draw(1, dim)
+        ways: dict[str, Way] = {
+            "kernel": lambda g=given: kernels.fill_kv(*g),  # type: ignore[misc]
+            "modules": lambda g=given: fill_with_modules(*g),  # type: ignore[misc]
+        }
+        moved = sum(block.key.nbytes + block.value.nbytes for block in made)
+        yield Case("fill_kv", f"{blocks} blocks x {width} x {2 * heads * dim}", dtype, ways, moved)
+
+
+def fill_with_modules(
+    hidden: Tensor, blocks: list[Any], keys: list[Tensor], values: list[Tensor], slots: Tensor, cos: Tensor, sin: Tensor
+) -> None:
+    """Write `fill_kv` as a model's attention does: its norm, two projections, rotation, a copy into each cache."""
+    for block, key_cache, value_cache in zip(blocks, keys, values, strict=True):
+        heads, _, dim = key_cache.shape[1:]
+        x = functional.rms_norm(hidden, hidden.shape[-1:], block.norm.weight, block.norm.eps)
+        key = functional.linear(x, block.key).view(-1, 1, heads, dim).transpose(1, 2)
+        value = functional.linear(x, block.value).view(-1, 1, heads, dim).transpose(1, 2)
+        low, high = key.chunk(2, -1)
+        key = key * cos[:, None, None] + torch.cat([-high, low], -1) * sin[:, None, None]
+        key_cache.index_copy_(2, slots, key)
+        value_cache.index_copy_(2, slots, value)
+
+
 #: op -> its cases
-CASES = {f.__name__: f for f in (head_stats, subset_logits, compact, row_attention, span_margin)}
+CASES = {
+    f.__name__: f
+    for f in (head_stats, subset_logits, compact, scatter, verify, fill_kv, row_attention, span_margin)
+}
 
 
 def measure(

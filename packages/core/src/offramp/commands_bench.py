@@ -50,25 +50,30 @@ def bench_kernels(
 
 
 def bench_overhead(
-    depth: Annotated[int, typer.Option(min=4, help="Blocks; exits at 1/4, 1/2 and 3/4 of them.")] = 12,
-    width: Annotated[int, typer.Option(min=8, help="Width of the model.")] = 384,
-    batch: Annotated[int, typer.Option(min=4, help="Rows of the batch.")] = 64,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each row.")] = 16,
+    executor: Annotated[str | None, typer.Option(help="Only this one, e.g. single_pass; default: all.")] = None,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Measure compiled blocks too (slow to start).")] = False,
+    depth: Annotated[int, typer.Option(min=4, help="Single pass: blocks; exits at 1/4, 1/2 and 3/4.")] = 12,
+    width: Annotated[int, typer.Option(min=8, help="Single pass: width of the model.")] = 384,
+    batch: Annotated[int, typer.Option(min=4, help="Single pass: rows of the batch.")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, help="Single pass: tokens of each row.")] = 16,
     repeats: Annotated[int, typer.Option(min=1)] = 7,
     results: Results = None,
     out: Json = None,
 ) -> None:
     """Measure what early exit saves over what the skipped blocks cost, and where the rest of the time goes."""
-    from offramp.bench_overhead import single_pass
+    from offramp.bench_overhead import measure
 
-    body = single_pass(depth, width, batch, tokens, repeats)
+    body = measure(executor, repeats, compiled, depth=depth, width=width, batch=batch, tokens=tokens)
     names = sorted({name for row in body["rows"] for name in row["parts_ms"]})
-    table = Table("single pass", "full ms", "early ms", "blocks saved", "realised / ideal", *(f"{n} ms" for n in names))
+    table = Table("executor", "rows leave", "full ms", "early ms", "blocks saved", "realised / ideal", "overhead",
+                  "of the full model", *(f"{n} ms" for n in names))  # fmt: skip
     for row in body["rows"]:
         parts = [f"{row['parts_ms'].get(name, 0):.3g}" for name in names]
         realised = "-" if row["realised"] is None else f"{row['realised']:.2f}"
         times = f"{row['full_ms']:.3g}", f"{row['early_ms']:.3g}", f"{row['saved_blocks']:.0%}"
-        table.add_row(row["case"], *times, realised, *parts)
+        shares = f"{row['overhead']:.1%}", f"{row['full_overhead']:.1%}"
+        name = row["executor"] + ", compiled" * row["compiled"]
+        table.add_row(name, escape(row["case"]), *times, realised, *shares, *parts)
     console().print(table, _where(body))
     _keep(body, "overhead", results, out)
 
@@ -88,7 +93,7 @@ def _keep(body: dict[str, Any], what: str, results: Path | None, out: Path | Non
         file = results / f"{kind}-{body['date']}.json"
         results.mkdir(parents=True, exist_ok=True)
         before = json.loads(file.read_text()) if file.exists() else {}
-        # one op measured anew leaves the rows of the others
-        new = {row.get("op", row.get("case")) for row in body["rows"]}
-        old = [row for row in before.get(what, {"rows": []})["rows"] if row.get("op", row.get("case")) not in new]
+        # one op or executor measured anew leaves the rows of the others
+        new = {row.get("op", row.get("executor")) for row in body["rows"]}
+        old = [row for row in before.get(what, {"rows": []})["rows"] if row.get("op", row.get("executor")) not in new]
         write_json(file, {**before, what: {**body, "rows": old + body["rows"]}})

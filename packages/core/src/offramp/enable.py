@@ -6,19 +6,18 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
 from functools import cached_property
 from types import TracebackType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from offramp._plugins import part
 from offramp._registry import create, draft_from, lookup, policy_from
 from offramp.attach import RECORD, Exits, find, load
 from offramp.calibration import Calibration, promise_on
 from offramp.calibrator import Certificate
+from offramp.compiled import compile_blocks
 from offramp.draft import DraftRule
 from offramp.errors import BadArgument, NotAttached, check_options
 from offramp.gate import ExitGate
@@ -28,62 +27,9 @@ from offramp.kernels.confidence import PREDICTION
 from offramp.options import OPTIONS, Options
 from offramp.policy import ExitPolicy, SchedulePolicy
 from offramp.schedule import check_schedule
+from offramp.stats import Stats as Stats
 
 RUN = "_offramp_run"
-
-
-@dataclass
-class Stats:
-    """What really ran. One unit of `blocks_run` is one call of one block for one row.
-
-    rows: rows or tokens decided; exits: how many stopped at each depth; blocks_full: what the full model would have
-    run; nonfinite: looks at an exit that could not stop a row because its evidence was not finite; last_depths: exit
-    depth of each row (token) of the last call. Generation adds tokens, rounds (visits of the deepest block), drafted
-    and accepted tokens, projected: blocks of which only keys and values were computed (kv="propagate"), and busy:
-    seconds inside blocks, heads and readout (verified, on a CPU). A token that runs a block again counts again.
-    """
-
-    rows: int = 0
-    exits: dict[int, int] = field(default_factory=dict)
-    blocks_run: int = 0
-    blocks_full: int = 0
-    nonfinite: int = 0
-    tokens: int = 0
-    rounds: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    projected: int = 0
-    busy: float = 0.0
-    last_depths: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-
-    @property
-    def saved(self) -> float:
-        """Share of block executions that did not happen: 1 - run / full."""
-        return 1.0 - self.blocks_run / self.blocks_full if self.blocks_full else 0.0
-
-    @property
-    def depth_mean(self) -> float:
-        """Mean depth at which rows (tokens) were decided."""
-        return sum(d * n for d, n in self.exits.items()) / self.rows if self.rows else 0.0
-
-    def count(self, depths: Tensor) -> None:
-        """Take in the exit depth of every row of one call. depths: int64 [rows]."""
-        self.rows += depths.numel()
-        values, counts = depths.unique(return_counts=True)
-        for depth, n in zip(values.tolist(), counts.tolist(), strict=True):
-            self.exits[depth] = self.exits.get(depth, 0) + n
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        out = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "last_depths"}
-        out["exits"] = dict(sorted(self.exits.items()))
-        return {**out, "saved": self.saved, "depth_mean": self.depth_mean, "last_depths": self.last_depths.tolist()}
-
-    def reset(self) -> None:
-        """Start counting anew."""
-        fresh = Stats()
-        for f in fields(self):
-            setattr(self, f.name, getattr(fresh, f.name))
 
 
 class Run:
@@ -115,7 +61,8 @@ class Run:
         self.memory: dict[Any, Any] = {}
         #: whether `enable` also loaded the exits, so that `disable` takes them off again
         self.loaded = False
-        self._undo: Callable[[], None] | None = None
+        #: what `disable` calls, last one first
+        self._undos: list[Callable[[], None]] = []
 
     @cached_property
     def rule(self) -> DraftRule:
@@ -133,11 +80,14 @@ class Run:
         """Stop exiting early; the model's calls are exactly the framework's again. Does nothing the second time."""
         if not self.enabled:
             return
-        if self._undo is not None:
-            self._undo()
+        self._undo()
         self.model.__dict__.pop(RUN, None)
         if self.loaded:
             self.exits.detach()
+
+    def _undo(self) -> None:
+        while self._undos:
+            self._undos.pop()()
 
     def __enter__(self) -> Run:
         return self
@@ -209,9 +159,10 @@ def enable(
     `Calibration`, or None for the `early_exit` dict of the model's own config. verify=True: every early token is
     checked by the deep blocks (lossless); draft: a rule of `offramp.names(offramp.DraftRule)`, with options as
     {"rule": name, ...}, or a number of tokens; kv: "catch_up", "propagate" or "recompute" without verify, "schedule"
-    with position_schedule, which needs no exits; window, rollback, draft_vocabulary: see `Options`; strict=True: raise
-    where the full model would be used instead; force=True: take a calibration that was made on another model, heads or
-    exits, without its certificate. Raises `NotAttached`, `BadArgument`, `UnknownName`; changes nothing then.
+    with position_schedule, which needs no exits; window, rollback, draft_vocabulary: see `Options`; compile=True: run
+    blocks compiled, from the second call on as fast as they will be (the first compiles); strict=True: raise where the
+    full model would be used instead; force=True: take a calibration that was made on another model, heads or exits,
+    without its certificate. Raises `NotAttached`, `BadArgument`, `UnknownName`; changes nothing then.
     """
     model = part(model)
     if RUN in model.__dict__:
@@ -250,7 +201,13 @@ def _promise(exits: Exits, calibration: Calibration, chosen: Mapping[str, Any], 
 
 
 def _start(run: Run) -> Run:
-    run._undo = run.backbone.drive(run)
+    try:
+        if run.options.compile and not run.backbone.compiles:
+            run._undos.append(compile_blocks(run.backbone.chain().blocks))
+        run._undos.append(run.backbone.drive(run))
+    except BaseException:
+        run._undo()
+        raise
     run.model.__dict__[RUN] = run
     return run
 

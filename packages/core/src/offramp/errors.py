@@ -30,6 +30,10 @@ class DamagedFile(OfframpError, ValueError):
     """A file is missing, truncated, tampered with, of a newer format, or written for another model."""
 
 
+class CompileFailed(OfframpError, RuntimeError):
+    """A compiler that was there could not compile a block."""
+
+
 def did_you_mean(given: object, known: Iterable[str]) -> str:
     """Return `` did you mean 'x'? Known: a, b, c`` for an unknown name."""
     names = sorted(known)

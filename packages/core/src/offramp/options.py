@@ -22,7 +22,8 @@ class Options:
     strict: raise instead of falling back to the full model; rollback: surprise in nats above which an early token is
     taken back once the deep blocks have seen it (kv="catch_up", one row; arXiv 2310.05424); draft_vocabulary: tokens
     that drafts are chosen from with verify=True, as ids, or n for the first n ids, which byte-pair vocabularies give to
-    frequent pieces: the unembedding is most of what a draft costs where the vocabulary is large (arXiv 2502.14856)."""
+    frequent pieces: the unembedding is most of what a draft costs where the vocabulary is large (arXiv 2502.14856);
+    compile: run blocks compiled by torch."""
 
     verify: bool = False
     draft: Any = None
@@ -31,13 +32,14 @@ class Options:
     strict: bool = False
     rollback: float | None = None
     draft_vocabulary: int | tuple[int, ...] | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.rollback is not None:
             self._check_rollback(self.rollback)
         if self.draft_vocabulary is not None:
             object.__setattr__(self, "draft_vocabulary", self._check_vocabulary(self.draft_vocabulary))
-        for name in ("verify", "strict"):
+        for name in ("verify", "strict", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise BadArgument(f"{name}={getattr(self, name)!r} must be True or False")
         if self.kv not in KV:
@@ -91,7 +93,7 @@ def refuse_generation(options: Options, kind: str) -> None:
     """
     plain = Options()
     for name in OPTIONS:
-        if name != "strict" and (given := getattr(options, name)) != getattr(plain, name):
+        if name not in ("strict", "compile") and (given := getattr(options, name)) != getattr(plain, name):
             raise BadArgument(
                 f"{name}={given!r} is for models that generate tokens; {kind}, so there is nothing to draft and no "
                 f"cache: leave {name} out"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 add_folder(ExitHead, "offramp_diffusers.heads")
 add_folder(ExitPolicy, "offramp_diffusers.policies")
 add_folder(Loss, "offramp_diffusers.losses")
+#: what `offramp bench overhead --executor` calls the scheduled denoiser
+EXECUTOR = "denoise"
 #: where pipelines keep their denoiser; the first that is there
 PARTS = ("transformer", "unet", "prior")
 
@@ -83,3 +85,13 @@ def offramp_commands(app: typer.Typer) -> None:
     from offramp_diffusers.commands import add
 
     add(app)
+
+
+@hookimpl
+def offramp_overhead(executor: str | None, repeats: int, compiled: bool) -> list[dict[str, Any]] | None:
+    """Return the denoiser's rows."""
+    if executor not in (None, EXECUTOR):
+        return None
+    from offramp_diffusers.bench_overhead import denoise
+
+    return denoise(repeats, compiled)

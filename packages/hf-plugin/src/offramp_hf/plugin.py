@@ -20,6 +20,9 @@ from offramp.head import ExitHead
 if TYPE_CHECKING:
     import typer
 
+#: what `offramp bench overhead --executor` calls the windowed decoder
+EXECUTOR = "decode"
+
 add_folder(ExitHead, "offramp_hf.heads")
 add_folder(DraftRule, "offramp_hf.drafting")
 
@@ -60,6 +63,16 @@ def offramp_commands(app: typer.Typer) -> None:
     from offramp_hf.commands import add
 
     add(app)
+
+
+@hookimpl
+def offramp_overhead(executor: str | None, repeats: int, compiled: bool) -> list[dict[str, Any]] | None:
+    """Return the decoder's rows; its recordings are what compiled blocks are elsewhere, so it has no others."""
+    if executor not in (None, EXECUTOR):
+        return None
+    from offramp_hf.bench_overhead import decode
+
+    return decode(repeats)
 
 
 @hookimpl

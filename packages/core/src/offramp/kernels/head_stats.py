@@ -141,18 +141,25 @@ def project(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def _block(logits: Tensor, start: int, needs: Set[str]) -> tuple[Tensor, ...]:
-    """Return (label, first, second, sum of e = exp(x - first), sum of e * (x - first)) of one block [rows, classes]."""
+    """Return (label, first, second, sum of e = exp(x - first), sum of e * (x - first)) of one block [rows, classes].
+
+    Overwrites the logits, but for the sake of a gradient.
+    """
     first, place = logits.max(-1)  # the first of equals, as `max` promises and `topk` does not; NaN is the largest
-    second = logits.scatter(1, place[:, None], -torch.inf).amax(-1)
+    keep = logits.requires_grad
+    rest = logits.scatter(1, place[:, None], -torch.inf) if keep else logits.scatter_(1, place[:, None], -torch.inf)
+    second = rest.amax(-1)
     label = place + start
     if not needs:
         return label, first, second
-    x = logits - first.clamp(min=torch.finfo(torch.float32).min)[:, None]
+    # the largest itself was taken out: its e is 1, and adds nothing to the second sum
+    base = first.clamp(min=torch.finfo(torch.float32).min)[:, None]
+    x = rest - base if keep else rest.sub_(base)
     if "entropy" not in needs:
-        return label, first, second, x.exp_().sum(-1)
+        return label, first, second, x.exp_().sum(-1) + 1
     x = x.clamp_(min=LEAST)
     e = x.exp()
-    return label, first, second, e.sum(-1), torch.linalg.vecdot(e, x)
+    return label, first, second, e.sum(-1) + 1, torch.linalg.vecdot(e, x)
 
 
 def merge(found: list[tuple[Tensor, ...]], needs: Set[str]) -> HeadStats:

@@ -27,6 +27,7 @@ class Decoder(Backbone):
 
     kind = "decoder-only"
     sequences = True
+    compiles = True
     model: Any
 
     def __init__(self, model: Any) -> None:
@@ -209,8 +210,10 @@ class Decoder(Backbone):
 
     def drive(self, run: Run) -> Undo:
         """Take over `model.generate` for as long as `run` is enabled."""
+        from offramp_hf.decode.compiled import check_compile
         from offramp_hf.decode.intercept import Generation
 
+        check_compile(self, run.options)
         undo: Undo = Generation(run).install()
         return undo
 
@@ -254,13 +257,13 @@ class Decoder(Backbone):
 
     def runner(self, cache: Any, rows: int, padded: bool, inputs: dict[str, Any]) -> Any:
         """Return the fastest way to run windows that a probe has shown to be exact for this model."""
-        from offramp_hf.decode.direct import Direct
+        from offramp_hf.decode.compiled import single
         from offramp_hf.decode.direct_rows import DirectRows
         from offramp_hf.decode.runner import Through
 
         if not inputs and self.direct_fits:
             if rows == 1 and not padded:
-                return Direct(self, cache)
+                return single(self)(self, cache)
             if self.rows_fit:
                 return DirectRows(self, cache)
         return Through(self, cache, inputs)

@@ -29,9 +29,11 @@ def _kernel(drafts, target, lengths, parents, accepted, token, keep, count):
     tl.store(token + row, said)
 
 
-def verify(drafts: Tensor, target: Tensor, lengths: Tensor, parents: Tensor) -> Verified:
+def verify(drafts: Tensor, target: Tensor, lengths: Tensor, parents: Tensor | None) -> Verified:
     """Launch one program per row."""
     rows, count = drafts.shape
+    if parents is None:
+        parents = torch.arange(-1, count - 1, device=drafts.device).expand(rows, -1)
     accepted, token = torch.empty((2, rows), dtype=torch.long, device=drafts.device).unbind()
     keep = torch.full((rows, count + 1), -1, dtype=torch.long, device=drafts.device)
     if rows:

@@ -1,0 +1,113 @@
+"""Compiled blocks under the hooks: the same answers, one compilation whatever rows are left, and an exact undo."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import offramp
+from offramp.errors import BadArgument
+from offramp.testing.toy import ToyModel, toy_plugin
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    with toy_plugin(), torch.no_grad():
+        torch._dynamo.reset()
+        counters.clear()
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return ToyModel(depth=6).eval()
+
+
+def graphs():
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.slow
+def test_the_same_answers_and_nothing_compiled_again(model, marks):
+    """Six blocks share their graphs; batches of other sizes, and who enables again, find them made."""
+    exits, x = offramp.attach(model, [2, 4]), torch.randn(9, 4, 8)
+    top = torch.cat([offramp.record(model, x).stats["top1"]])
+    policy = offramp.policy("confidence", threshold=[float(top[:, k].quantile(q)) for k, q in enumerate((0.6, 0.4))])
+    keys, before, full = list(model.state_dict()), marks(model), model(x)
+    with offramp.enable(model, policy) as run:
+        plain, depths = model(x), run.stats.last_depths
+    with offramp.enable(model, policy, compile=True) as run:
+        torch.testing.assert_close(model(x), plain, rtol=1e-5, atol=1e-5)
+        assert torch.equal(run.stats.last_depths, depths) and len(depths.unique()) == 3
+        model(x[:1])
+        made = graphs()
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for rows in (9, 1, 5, 2, 7):
+                model(x[:rows])
+    with torch._dynamo.config.patch(error_on_recompile=True), offramp.enable(model, policy, compile=True):
+        model(x)
+        assert graphs() == made == 4  # of one row and of more, where the state is a view and where it is none
+    assert marks(model) == before and list(model.state_dict()) == keys and torch.equal(model(x), full)
+    assert exits.at == (2, 4)
+
+
+@pytest.mark.slow
+def test_a_copy_compiles_its_own_and_undoes_its_own(model):
+    offramp.attach(model, [3])
+    x = torch.randn(3, 4, 8)
+    run = offramp.enable(model, "fixed", depth=3, compile=True)
+    before = model(x)
+    twin = copy.deepcopy(model)
+    for p in twin.blocks.parameters():
+        p.zero_()
+    assert not torch.allclose(twin(x), before)
+    run.disable()
+    assert "forward" not in model.blocks[0].__dict__ and "forward" in twin.blocks[0].__dict__
+
+
+STOPPED = """
+import torch
+from offramp.testing.toy import ToyBlock
+torch.manual_seed(0)
+block = ToyBlock(24, False)
+compile_blocks([block])
+with torch.no_grad():
+    block(torch.randn(3, 5, 24), torch.ones(3, 5))
+"""
+
+
+@pytest.mark.slow
+def test_half_a_file_in_the_build_cache_is_named(tmp_path, monkeypatch):
+    """What a process leaves that was stopped while it compiled."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")  # making those takes 10 s
+    run = [sys.executable, "-c", STOPPED]
+    subprocess.run(run, check=True)
+    built = list(tmp_path.rglob("*.so"))
+    for file in built:
+        file.write_bytes(file.read_bytes()[:100])
+    assert built
+    said = subprocess.run(run, capture_output=True, text=True)
+    assert said.returncode == 1 and "offramp.errors.CompileFailed: compile=True: torch could not compile" in said.stderr
+    assert f"remove {tmp_path} and run again" in said.stderr
+
+
+def test_a_missing_compiler_is_named_and_nothing_changes(model, marks):
+    offramp.attach(model, [3])
+    before = marks(model)
+    missing = torch._inductor.config.patch("cpp.cxx", ("no-such-compiler",))
+    with missing, pytest.raises(BadArgument, match="needs a C[+][+] compiler on the CPU, and none was found"):
+        offramp.enable(model, "fixed", depth=3, compile=True)
+    assert marks(model) == before
+    offramp.enable(model, "fixed", depth=3).disable()
+
+
+def test_compile_takes_true_or_false(model):
+    offramp.attach(model, [3])
+    with pytest.raises(BadArgument, match="compile='inductor' must be True or False"):
+        offramp.enable(model, "fixed", depth=3, compile="inductor")
