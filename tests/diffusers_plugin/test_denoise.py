@@ -192,6 +192,19 @@ def test_a_cache_that_is_on_already_is_refused_with_the_order(cache, flux, marks
     assert marks(model) == before
 
 
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_cache_on_top_of_heads_with_maps_of_their_own_is_refused(cache, flux):
+    """What the cache adds at a step that it skips never went through the head of the exit."""
+    model, given = flux
+    offramp.attach(model, at=[2], head="bottleneck")
+    with offramp.enable(model, "fixed", depth=2) as run:
+        model.enable_cache(CACHES[cache]())
+        with model.cache_context("cond"), pytest.raises(BadArgument, match=r"Cache is on top of exits with heads"):
+            noise(model, given)
+        model.disable_cache()
+        assert noise(model, given).isfinite().all() and run.stats.exits == {2: 1}
+
+
 def test_pyramid_attention_broadcast_beside_exits(flux):
     """It lives inside the attention of blocks that run, so the order does not matter."""
     model, given = flux

@@ -19,7 +19,7 @@ from offramp.errors import BadArgument, NotAttached
 from offramp_diffusers import facts
 from offramp_diffusers.facts import ModelFacts, noise_level
 from offramp_diffusers.fit_schedule import fit_schedule
-from offramp_diffusers.noising import noised
+from offramp_diffusers.noising import noised, predict
 from offramp_diffusers.policies.time_schedule import TimeSchedule, two_stage
 from offramp_diffusers.tune import ADAPTER, errors, tune
 from offramp_diffusers.tune_heads import tune_heads, tune_uncertainty
@@ -37,6 +37,15 @@ def test_only_the_depth_of_the_drawn_bin_runs(dit, data):
         block.ff.register_forward_hook(lambda *_, i=i: ran.append(i))
     tune(dit, data, DDPMScheduler(), TimeSchedule((3,)), steps=2, batch_size=4, progress=False)
     assert ran == [0, 1, 2] * 2 and RUN not in dit.__dict__ and not dit.training
+
+
+def test_rows_of_one_step_leave_where_their_levels_say(dit, data, monkeypatch):
+    rows = []
+    for block in dit.transformer_blocks:
+        block.ff.register_forward_hook(lambda module, given, output: rows.append(len(output)))
+    tune(dit, data, DDPMScheduler(), TimeSchedule((6, 2)), steps=1, batch_size=16, progress=False)
+    clean = rows[5]
+    assert rows == [16, 16, clean, clean, clean, clean] and 0 < clean < 16
 
 
 @pytest.mark.parametrize("scheduler", [DDPMScheduler(), FlowMatchEulerDiscreteScheduler()])
@@ -95,10 +104,28 @@ def test_measured_errors_are_those_of_the_depth(dit, data):
     assert found.shape == (3, 6) and found.isfinite().all()
     again = errors(dit, data, DDPMScheduler(), 3, depths=[2], rows=8, progress=False)
     assert torch.equal(found[:, 1:2], again)
+    for level in range(3):
+        draw = torch.Generator().manual_seed(level)
+        picked = torch.randint(32, (8,), generator=draw)
+        given, wanted, _ = noised(data, picked, DDPMScheduler(), (1000 * level / 3, 1000 * (level + 1) / 3), draw, dit)
+        with offramp.enable(dit, TimeSchedule((2,))), torch.no_grad():
+            said = predict(dit, given, wanted)
+        off = (said.double() - wanted.double()).square().mean()
+        assert float(found[level, 1]) == pytest.approx(float(off), rel=1e-6)
     plan = fit_schedule(found, 0.5)
     with offramp.enable(dit, plan) as run, torch.no_grad():
         dit(torch.randn(2, 4, 8, 8), timestep=torch.tensor([900, 900]), class_labels=torch.tensor([0, 1]))
     assert run.stats.last_depths.tolist() == [plan.depths[2]] * 2
+
+
+def test_each_input_runs_through_the_blocks_once_to_measure_every_depth(dit, data):
+    ran = []
+    for i, block in enumerate(dit.transformer_blocks):
+        block.ff.register_forward_hook(lambda *_, i=i: ran.append(i))
+    errors(dit, data, DDPMScheduler(), 2, rows=4, progress=False)
+    assert ran == list(range(6)) * 2
+    with pytest.raises(BadArgument, match="7 blocks are more than the 6"):
+        errors(dit, data, DDPMScheduler(), 2, depths=[7], rows=4, progress=False)
 
 
 BAD_DATA = [

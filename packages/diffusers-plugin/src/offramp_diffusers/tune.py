@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from offramp._plugins import adapt, part
 from offramp._registry import create
 from offramp.attach import RECORD
-from offramp.enable import RUN, enable
+from offramp.enable import RUN
 from offramp.errors import BadArgument, NotAttached, UnsupportedModel
 from offramp.loss import Loss
 from offramp.policy import FULL
 from offramp.record import evaluating, track
+from offramp_diffusers.backbones.unet import UNetBackbone
 from offramp_diffusers.facts import parameters
 from offramp_diffusers.noising import kind_of, noised, predict
 from offramp_diffusers.policies.time_schedule import TimeSchedule
@@ -48,7 +49,7 @@ def tune(
     resume: bool = False,
     **options: Any,
 ) -> TuneReport:
-    """Train the denoiser at the depths of `schedule`, running in each step only the blocks of the level it drew.
+    """Train the denoiser at the depths of `schedule`, running for each image only the blocks of the level it drew.
 
     data: {"sample": clean images or latents [rows, ...], other arguments of the model by name: [rows, ...]}; scheduler:
     of diffusers, which says how noise is added and what is predicted; schedule: None trains every depth, drawn evenly,
@@ -57,7 +58,7 @@ def tune(
     train only a PEFT adapter on the attention projections, which a second training goes on with; folder: where a
     checkpoint is written after `every` steps, which resume=True goes on from, to the same weights as without a break;
     options: the loss's. Raises `BadArgument`, `NotAttached`, `DamagedFile`. Paper: ASE (arXiv 2408.05927); it runs all
-    blocks and picks a state, this draws the level once per step and runs no block in vain.
+    blocks and picks a state, here rows leave where their levels say, and no block runs in vain.
     """
     model = part(model)
     objective = objective_of(loss, options, "at", "level", "ase")
@@ -102,36 +103,43 @@ def errors(
 ) -> Tensor:
     """Return how wrong each depth is in each bin of noise levels: mean squared error [bins, depths], float64.
 
-    depths: None for every one from 1 to the full model's. Every depth sees the same noise, so that differences between
-    depths are not chance. Raises as `tune`.
+    depths: None for every one from 1 to the full model's. Each input runs through the blocks once, and the output
+    layers read the state after every depth: the same noise for all, so that differences between depths are not chance.
+    Raises as `tune`, and `BadArgument` for U-Nets.
     """
     model = part(model)
     total = _check(model, data, scheduler, None)
     wanted_depths = list(range(1, total + 1)) if depths is None else list(depths)
+    TimeSchedule(tuple(wanted_depths)).windows(0.0, total)  # refuses depths that the model does not have
+    backbone = adapt(model)
+    if isinstance(backbone, UNetBackbone):
+        raise BadArgument(
+            f"states of {type(model).__name__} change their size from block to block, so its output layers cannot read "
+            f"them: there are no errors to measure by depth"
+        )
     found = torch.zeros(bins, len(wanted_depths), dtype=torch.float64)
+    chain = backbone.chain()
     with evaluating(model):
         for b in track(range(bins), "measure", progress, bins):
             generator = torch.Generator().manual_seed(seed + b)
             picked = torch.randint(len(data["sample"]), (rows,), generator=generator)
             level = FULL * b / bins, FULL * (b + 1) / bins
             given, wanted, _ = noised(data, picked, scheduler, level, generator, model)
+            with chain.capture(wanted_depths) as kept:
+                predict(model, given, wanted)
             for j, depth in enumerate(wanted_depths):
-                with enable(model, TimeSchedule((depth,))):
+                with chain.window(total, total, kept[depth]):  # no block runs, the output layers read the state
                     said = predict(model, given, wanted)
                 found[b, j] = (said.double() - wanted.double()).square().mean()
     return found
 
 
 def _draw(schedule: TimeSchedule | None, depth: int, generator: torch.Generator) -> tuple[Any, tuple[float, float]]:
-    """Return (the policy of one step, the noise levels it draws from): one bin, so that the whole batch is one depth.
+    """Return (the policy of one step, the noise levels it draws from): all of them, so that no step pulls at one bin.
     """
     if schedule is None:
-        stop = int(torch.randint(1, depth + 1, (), generator=generator))
-        return TimeSchedule((stop,)), (0.0, FULL)
-    cuts = (0.0, *schedule.cuts, FULL)
-    at = float(torch.rand((), generator=generator)) * FULL
-    index = max(i for i, cut in enumerate(cuts[:-1]) if cut <= at)
-    return TimeSchedule((schedule.depths[index],)), (cuts[index], cuts[index + 1])
+        schedule = TimeSchedule((int(torch.randint(1, depth + 1, (), generator=generator)),))
+    return schedule, (0.0, FULL)
 
 
 def _check(model: Any, data: Mapping[str, Tensor], scheduler: Any, schedule: Any) -> int:

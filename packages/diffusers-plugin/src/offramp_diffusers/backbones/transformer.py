@@ -203,7 +203,7 @@ class TransformerBackbone(Backbone):
                 raise BadArgument(
                     f"{cache} is on {kind} already, and exits around it would keep it from ever seeing its last block: "
                     f"its residuals would be stale. Put it on top instead: model.disable_cache(), then "
-                    f"offramp.enable(...), then model.enable_cache(...)"
+                    f"offramp.enable(...), then model.enable_cache(...) (deep_cache: its context inside that of enable)"
                 )
         return Denoise(run, self).install()
 
