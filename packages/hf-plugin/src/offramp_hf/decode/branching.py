@@ -44,7 +44,8 @@ class Branching:
         if found is None:
             return looks
         paths = torch.zeros_like(tree.tokens, dtype=torch.float32)  # log-probability of every node of the last level
-        logits = found.logits[:, None]
+        logits: Any = found.logits  # known, as the rule branches
+        logits = logits[:, None]
         for depth in range(plan.length):
             parents, tokens, paths = self.children(logits, paths)
             tree.grow(parents + tree.seen.shape[1] - logits.shape[1], tokens)

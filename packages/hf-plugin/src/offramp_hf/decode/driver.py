@@ -44,6 +44,8 @@ class Driver:
         self.needs = run.policy.statistics()
         #: whether somebody wants the logits of all classes at every look
         self.spreads = "prediction" in self.needs or chooser.sample or not chooser.plain
+        #: whether nobody needs the logits of a look, but for the statistics
+        self.lazy = False
         self.slots = cache.shortest()
         #: tokens in the cache that are not in the ids, when a call brings a cache and only the tokens after it
         self.older = max(0, self.slots - rows.prompt)
@@ -148,8 +150,10 @@ class Driver:
         """Return the evidence of exit `index` for the newest tokens. state: [batch, 1, width]."""
         given = None
         if self.needs & LOGITS:
-            logits, stats = self.answers.look(index, self.read(index, state))
-            given = (self.answers.spread(logits) if self.spreads else logits), stats
+            logits, stats = self.answers.look(index, self.read(index, state), self.lazy)
+            if logits is not None and self.spreads:
+                logits = self.answers.spread(logits)
+            given = logits, stats, self.context.classes if self.spreads else self.answers.classes
         return look(self.run, index, state[:, -1], previous, position, given, self.needs, self.rows.depths)
 
     def predict(self, index: int, state: Tensor) -> Tensor:

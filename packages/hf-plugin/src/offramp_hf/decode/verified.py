@@ -27,12 +27,12 @@ WIDER = 0.04
 
 
 class Draft(NamedTuple):
-    """token: [batch, 1]; scores: [batch, classes] that it was chosen from, when sampling or processed; logits: of the
-    exit."""
+    """token: [batch, 1]; scores: [batch, classes] that it was drawn from, None of the likeliest one; logits: of the
+    exit, None where nobody needs them."""
 
     token: Tensor
-    scores: Tensor
-    logits: Tensor
+    scores: Tensor | None
+    logits: Tensor | None
 
 
 class Verified(Driver):
@@ -45,8 +45,9 @@ class Verified(Driver):
         #: whether every row keeps its own number of drafts, or all the smallest
         self.ragged = run.backbone.ragged  # type: ignore[attr-defined]
         self.rule = run.rule
-        self.needs = self.needs | self.rule.needs
+        self.needs = self.needs | self.rule.needs | {"label"}
         self.spreads |= self.rule.branches
+        self.lazy = not self.spreads and run.gate is None and "gate" not in self.needs
         if self.rule not in run.memory:
             setup = setup_of(run)
             run.memory[self.rule] = self.rule.start(setup), Clock(setup)
@@ -117,7 +118,8 @@ class Verified(Driver):
                 return
             token = found.token
             drafts.append(token)
-            guesses.append(found.scores)
+            if found.scores is not None:
+                guesses.append(found.scores)
             ended = self.rows.batch == 1 and looks[-1].tokens[0] in self.rows.ends
             more = not ended and self.drafter.goes_on(looks[-1], live)
 
@@ -136,8 +138,7 @@ class Verified(Driver):
             seen = self.look(level, state, previous, position)
             stop, memory, finite = decide(policy, memory, seen)
             previous = seen.hidden
-            prediction = self.predict(level, state) if seen.prediction is None else seen.prediction
-            scores, token = self.guess(prediction, drafts, seen)
+            scores, token = self.guess(drafts, seen)
             accepted, sure, tokens, bad = _to_host(stop, seen, token, finite)
             self.run.stats.nonfinite += bad
             looks.append(Look(level, len(drafts), sure, tokens, accepted))
@@ -145,7 +146,7 @@ class Verified(Driver):
                 self.clock.look(self.spend(began))
             if self.drafter.wants(looks[-1], live):
                 looks[-1].drafted = True
-                return Draft(token[:, None], scores, prediction)
+                return Draft(token[:, None], scores, seen.prediction)
         return None
 
     def check(self, given: list[list[int]], live: list[int]) -> None:
@@ -163,13 +164,13 @@ class Verified(Driver):
             guesses = list(certain.unbind(1))
         self.settle(drafts, guesses, [], live, [len(row) for row in given])
 
-    def guess(self, prediction: Tensor, drafts: list[Tensor], seen: Evidence) -> tuple[Tensor, Tensor]:
-        """Return (scores [batch, classes], drafted token [batch]) from a head's prediction, as the framework would
-        choose.
+    def guess(self, drafts: list[Tensor], seen: Evidence) -> tuple[Tensor | None, Tensor]:
+        """Return (scores [batch, classes], drafted token [batch]) as the framework would choose from what a head says;
+        no scores where it takes the likeliest.
         """
-        chooser = self.chooser
-        if chooser.plain and not chooser.sample:
-            return prediction, seen.stats["label"] if "label" in seen.stats else prediction.argmax(-1)
+        chooser, prediction = self.chooser, seen.prediction
+        if prediction is None or (chooser.plain and not chooser.sample):
+            return None, seen.stats["label"]
         extra = torch.cat(drafts, 1) if drafts else None
         parts = []
         for row in range(self.rows.batch):
