@@ -84,6 +84,20 @@ def pixart():
     }  # fmt: skip
 
 
+def pixart_alpha():
+    from diffusers import PixArtTransformer2DModel as Model
+
+    model = Model(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=4, sample_size=8,
+        patch_size=2, cross_attention_dim=24, caption_channels=12, use_additional_conditions=True,
+    )  # fmt: skip
+    return model, lambda b: {
+        "hidden_states": noise(b, 4, 8, 8), "encoder_hidden_states": noise(b, 5, 12),
+        "timestep": torch.full((b,), 500), "encoder_attention_mask": torch.ones(b, 5),
+        "added_cond_kwargs": {"resolution": torch.full((b, 2), 64.0), "aspect_ratio": torch.ones(b, 1)},
+    }  # fmt: skip
+
+
 def sd3():
     from diffusers import SD3Transformer2DModel as Model
 
@@ -252,8 +266,8 @@ def uvit():
 FAMILIES = {
     make.__name__: make
     for make in (
-        dit_family, pixart, sd3, flux, sana, wan, qwenimage, hunyuandit, hunyuanvideo, cogvideox, ltx, lumina2,
-        auraflow, uvit,
+        dit_family, pixart, pixart_alpha, sd3, flux, sana, wan, qwenimage, hunyuandit, hunyuanvideo, cogvideox, ltx,
+        lumina2, auraflow, uvit,
     )
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import offramp
 from offramp._plugins import adapt
@@ -15,7 +16,7 @@ from offramp_diffusers import facts
 from offramp_diffusers.facts import BlockFacts, ModelFacts, block_facts, declare, model_facts, noise_level
 
 #: families whose blocks read one state, and those whose blocks read more, and what
-ONE_STATE = ("dit_family", "pixart", "sana", "wan", "ltx", "uvit", "lumina2")
+ONE_STATE = ("dit_family", "pixart", "pixart_alpha", "sana", "wan", "ltx", "uvit", "lumina2")
 MORE = {
     **dict.fromkeys(("sd3", "flux", "qwenimage", "hunyuanvideo", "cogvideox", "auraflow"), "the text's state"),
     "hunyuandit": r"states of earlier blocks \(long skips\)",
@@ -80,6 +81,24 @@ def test_a_skipped_block_does_not_run_and_the_rest_is_the_truncated_model(family
             assert sorted(ran) == list(range(depth))
             assert (run.stats.blocks_run, run.stats.blocks_full) == (2 * depth, 2 * total)
             assert run.stats.last_depths.tolist() == [depth] * 2
+
+
+def flops(model, batch):
+    with FlopCounterMode(display=False) as counter:
+        said(model, batch)
+    return counter.get_total_flops()
+
+
+def test_it_computes_as_much_as_the_truncated_model_and_not_more(family):
+    model, batch = family
+    given, found = batch(2), []
+    for depth in range(1, adapt(model).depth + 1):
+        wanted = flops(cut(model, depth), given)
+        for run in ways(model, depth):
+            with run:
+                assert flops(model, given) == wanted
+        found.append(wanted)
+    assert found == sorted(found) and len(set(found)) == len(found)
 
 
 def test_undo_is_exact_and_never_changes_nothing(family, marks):

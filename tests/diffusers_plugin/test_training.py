@@ -93,15 +93,16 @@ def test_a_resumed_training_ends_where_an_uninterrupted_one_does(way, tmp_path):
     assert not again.training and {p.requires_grad for p in again.parameters()} >= {True}
 
 
-def test_a_checkpoint_of_another_training_is_refused(tmp_path):
+def test_a_checkpoint_of_another_training_is_refused(tmp_path, marks):
     whole(fresh(), folder=tmp_path)
     with pytest.raises(BadArgument, match="holds a checkpoint; go on from it with resume=True"):
         whole(fresh(), folder=tmp_path)
     model = fresh()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(BadArgument, match=r"of another training: lr was 0.001 and is 0.5; steps was 6 and is 9"):
-        whole(model, folder=tmp_path, resume=True, lr=0.5, steps=9)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    before, values = marks(model), {k: v.clone() for k, v in model.state_dict().items()}
+    wanted = r"of another training: lora was None and is 2; lr was 0.001 and is 0.5; steps was 6 and is 9"
+    with pytest.raises(BadArgument, match=wanted):
+        adapter(model, folder=tmp_path, resume=True, lr=0.5, steps=9)
+    assert marks(model) == before and all(torch.equal(v, values[k]) for k, v in model.state_dict().items())
     with pytest.raises(BadArgument, match="there is no checkpoint in"):
         whole(fresh(), folder=tmp_path / "nowhere", resume=True)
     with pytest.raises(BadArgument, match="say where it is: folder"):

@@ -97,8 +97,10 @@ class Step(nn.Module):
         return self.loss(given, wanted, levels, policy)
 
 
-def start(how: How) -> Any:
-    """Return an `Accelerator` for this process; raises `BadArgument` where the batch cannot be shared evenly."""
+def start(how: How, settings: Mapping[str, Any]) -> Any:
+    """Return an `Accelerator` for this process; raises `BadArgument` where the batch cannot be shared evenly, and for a
+    checkpoint of another training; settings: what it must have been made with.
+    """
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
@@ -112,7 +114,25 @@ def start(how: How) -> Any:
             f"batch_size={how.batch_size} is the batch of all processes together, and {accelerator.num_processes} "
             f"cannot share it evenly; give a multiple"
         )
+    if how.resume:
+        then, now = _index(how)["settings"], _agreed(how, settings, accelerator)
+        if odd := {k: (then.get(k), now.get(k)) for k in {*then, *now} if then.get(k) != now.get(k)}:
+            said = "; ".join(f"{k} was {a!r} and is {b!r}" for k, (a, b) in sorted(odd.items()))
+            raise BadArgument(
+                f"the checkpoint in {how.folder} is of another training: {said}; give the same, or another folder"
+            )
     return accelerator
+
+
+def _index(how: How) -> dict[str, Any]:
+    return read_json(Path(str(how.folder)) / INDEX, FORMAT, ("step", "settings", "losses"))
+
+
+def _agreed(how: How, settings: Mapping[str, Any], accelerator: Any) -> dict[str, Any]:
+    """Return what a checkpoint must have been made with, as it reads back: lists, not tuples."""
+    mine = {k: v for k, v in asdict(how).items() if k not in ("progress", "folder", "every", "resume")}
+    found = {**mine, **settings, "processes": accelerator.num_processes}
+    return json.loads(json.dumps(found))  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -130,7 +150,7 @@ def training(model: nn.Module) -> Iterator[None]:
 def train(
     task: Task, weights: list[nn.Parameter], what: str, how: How, accelerator: Any, settings: Mapping[str, Any]
 ) -> TuneReport:
-    """Lower the task's loss by training `weights`; settings: what else a checkpoint must agree with to be gone on from.
+    """Lower the task's loss by training `weights`; accelerator, settings: of `start`.
 
     Every process draws the whole batch and takes its share, so that several train what one would. Raises `BadArgument`,
     `DamagedFile`.
@@ -145,8 +165,8 @@ def train(
     optimiser: Any = torch.optim.AdamW(weights, lr=how.lr, weight_decay=0.0)
     step, optimiser = accelerator.prepare(Step(task), optimiser)
     # its decay starts at 0.2: with 0.999 from step 0 the average would be the untuned model
-    average = EMAModel(weights, decay=how.ema) if how.ema else None
-    book = _Book(how, accelerator, {**settings, "parameters": report.parameters}, generator, average, report)
+    average = EMAModel(weights, decay=how.ema, foreach=True) if how.ema else None
+    book = _Book(how, accelerator, _agreed(how, settings, accelerator), generator, average, report)
     try:
         done = book.load() if how.resume else 0
         show = how.progress and accelerator.is_main_process
@@ -198,12 +218,6 @@ class _Book:
     average: Any
     report: TuneReport
 
-    def agreed(self) -> dict[str, Any]:
-        """Return what a checkpoint must have been made with."""
-        mine = {k: v for k, v in asdict(self.how).items() if k not in ("progress", "folder", "every", "resume")}
-        found = {**mine, **self.settings, "processes": self.accelerator.num_processes}
-        return json.loads(json.dumps(found))  # type: ignore[no-any-return]  # as it reads back: lists, not tuples
-
     def save(self, step: int) -> None:
         """Write a checkpoint after `step` steps, whole or not at all; the one before it goes."""
         folder = Path(str(self.how.folder))
@@ -214,7 +228,7 @@ class _Book:
             kept = {f"average.{i}": p.cpu().contiguous() for i, p in enumerate(shadow)}
             kept["generator"] = self.generator.get_state()
             write_bytes(folder / f"step-{step}" / BESIDE, save_tensors(kept))
-            body = {"format": FORMAT, "step": step, "settings": self.agreed(), "losses": self.report.losses}
+            body = {"format": FORMAT, "step": step, "settings": self.settings, "losses": self.report.losses}
             write_text(folder / INDEX, json.dumps(body, indent=2))
             for old in folder.glob("step-*"):
                 if old.name != f"step-{step}":
@@ -224,13 +238,7 @@ class _Book:
     def load(self) -> int:
         """Put everything back as it was written; returns how many steps that had taken."""
         folder = Path(str(self.how.folder))
-        body = read_json(folder / INDEX, FORMAT, ("step", "settings", "losses"))
-        then, now = body["settings"], self.agreed()
-        if odd := {k: (then.get(k), now.get(k)) for k in {*then, *now} if then.get(k) != now.get(k)}:
-            said = "; ".join(f"{k} was {a!r} and is {b!r}" for k, (a, b) in sorted(odd.items()))
-            raise BadArgument(
-                f"the checkpoint in {folder} is of another training: {said}; give the same, or another folder"
-            )
+        body = _index(self.how)
         place = folder / f"step-{body['step']}"
         kept, _ = read_safetensors(place / BESIDE)
         try:

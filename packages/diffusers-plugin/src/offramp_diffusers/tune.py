@@ -65,13 +65,13 @@ def tune(
     depth = _check(model, data, scheduler, schedule)
     how = How(steps, lr, batch_size, ema, seed, progress, folder, every, resume)
     _check_lora(model, lora)
-    accelerator = start(how)
+    settings = {"loss": repr(objective), "schedule": repr(schedule), "lora": lora, "model": adapt(model).fingerprint()}
+    accelerator = start(how, settings)
 
     def value(given: dict[str, Any], wanted: Tensor, levels: Tensor, policy: Any) -> Tensor:
         return objective.at(predict(model, given, wanted), wanted, levels)  # type: ignore[no-any-return]
 
     task = Task(model, data, scheduler, lambda _, generator: _draw(schedule, depth, generator), value, train=True)
-    settings = {"loss": repr(objective), "schedule": repr(schedule), "lora": lora}
     with training(model):
         _add_lora(model, lora)
         weights = [p for p in model.parameters() if p.requires_grad]

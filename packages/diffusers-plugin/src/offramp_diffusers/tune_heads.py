@@ -116,12 +116,14 @@ def _train(
     objective: Any,
 ) -> TuneReport:
     """Lower `value` of each exit in turn, over all noise levels, by training `weights`; all others stay as they are."""
-    accelerator = start(how)
+    settings = {"loss": repr(objective), "exits": repr(exits), "config": exits.config, "weights": len(weights)}
+    settings["model"] = exits.backbone.fingerprint()
+    accelerator = start(how, settings)
 
     def draw(step: int, generator: torch.Generator) -> tuple[ExitPolicy, tuple[float, float]]:
         return build_policy("fixed", depth=exits.at[step % len(exits.at)]), (0.0, FULL)
 
-    task, settings = Task(exits.model, data, scheduler, draw, value), {"loss": repr(objective), "exits": repr(exits)}
+    task = Task(exits.model, data, scheduler, draw, value)
     with training(exits.model):
         exits.model.requires_grad_(False)
         for weight in weights:
