@@ -57,6 +57,7 @@ BROKEN = {
     "backbone saved": ({"__init__": register_base}, "holds the backbone's weights"),
     "backbone changed": ({"build": classmethod(steal)}, "changed the backbone's weight head.weight"),
     "no gradient": ({"forward": lambda self, h: Tied.forward(self, h).detach()}, "no gradient|gets a gradient"),
+    "narrowed": ({"narrowed": lambda self, ids: Tied.narrowed(self, ids.flip(0))}, "says something else of these"),
     "unused weights": ({"__init__": random_map}, "get no gradient"),
 }
 

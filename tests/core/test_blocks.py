@@ -243,3 +243,30 @@ def test_learn_spec_refuses_what_it_does_not_understand(how, reason):
     with pytest.raises(UnsupportedModel, match=reason):
         learn_spec(list(model.blocks), lambda n: model(torch.randn(n, 4)), "hidden")
     assert "forward" not in model.blocks[0].__dict__
+
+
+def test_hooks_stand_before_blocks_that_were_compiled_in_place(backbone, x):
+    """Whether they were compiled before or after; nothing of the hook is in a graph, and the undo is exact."""
+    model, ran = backbone.model, []
+    full = model(x)
+
+    def handler(index, call):
+        ran.append(index)
+        return call.run()
+
+    chain = backbone.chain()
+    undo = chain.install(handler)
+    for block in dict.fromkeys(model.blocks):
+        block.compile(backend="eager")
+    own = [block._compiled_call_impl for block in model.blocks]
+    chain.reset()
+    assert torch.allclose(model(x), full, atol=1e-6) and ran == list(range(6))
+    assert all("forward" not in block.__dict__ for block in model.blocks)
+    undo()
+    assert [block._compiled_call_impl for block in model.blocks] == own
+    ran.clear()
+    undo = backbone.chain().install(handler)
+    assert torch.allclose(model(x), full, atol=1e-6) and ran == list(range(6))
+    undo()
+    assert [block._compiled_call_impl for block in model.blocks] == own
+    assert torch.allclose(model(x), full, atol=1e-6) and len(ran) == 6

@@ -174,3 +174,9 @@ def test_options_are_json_or_text():
 
 def test_json_is_strict():
     assert json.loads(cli.dump_json({1: [float("nan"), float("inf"), 2.0]})) == {"1": [None, None, 2.0]}
+
+
+def test_depths_from_text():
+    assert cli.depths_of("3,6,8") == [3, 6, 8] and cli.depths_of("0.25,0.5") == [0.25, 0.5]
+    with pytest.raises(BadArgument, match="write e.g. --at 3,6,8"):
+        cli.depths_of("3;6")

@@ -26,6 +26,12 @@ def make():
 
 
 @pytest.fixture
+def shaken():
+    """Give every weight of a model its own random value."""
+    return shake
+
+
+@pytest.fixture
 def dit(make):
     return make()
 

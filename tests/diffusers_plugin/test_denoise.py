@@ -192,6 +192,19 @@ def test_a_cache_that_is_on_already_is_refused_with_the_order(cache, flux, marks
     assert marks(model) == before
 
 
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_cache_on_top_of_heads_with_maps_of_their_own_is_refused(cache, flux):
+    """What the cache adds at a step that it skips never went through the head of the exit."""
+    model, given = flux
+    offramp.attach(model, at=[2], head="bottleneck")
+    with offramp.enable(model, "fixed", depth=2) as run:
+        model.enable_cache(CACHES[cache]())
+        with model.cache_context("cond"), pytest.raises(BadArgument, match=r"Cache is on top of exits with heads"):
+            noise(model, given)
+        model.disable_cache()
+        assert noise(model, given).isfinite().all() and run.stats.exits == {2: 1}
+
+
 def test_pyramid_attention_broadcast_beside_exits(flux):
     """It lives inside the attention of blocks that run, so the order does not matter."""
     model, given = flux
@@ -249,17 +262,24 @@ def test_casting_after_enabling(make, batch):
     assert noise(model, at(batch, 900)).isfinite().all()
 
 
-def test_group_offloading_under_exits(flux):
+@pytest.mark.parametrize("first", ["exits", "offload"])
+@pytest.mark.parametrize(
+    "level", [{"offload_type": "block_level", "num_blocks_per_group": 1}, {"offload_type": "leaf_level"}]
+)
+def test_group_offloading_before_or_after_enabling(level, first, flux):
+    """Offloaded first, skipped blocks are not even loaded; in both orders the image is the same."""
     model, given = flux
+    full, cpu = noise(model, given), torch.device("cpu")
     with offramp.enable(model, "time_schedule", **TABLE):
         early = noise(model, given)
-    model.enable_group_offload(
-        onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="block_level",
-        num_blocks_per_group=1,
-    )  # fmt: skip
-    full = noise(model, given)
-    with offramp.enable(model, "time_schedule", **TABLE) as run:
+    if first == "offload":
+        model.enable_group_offload(onload_device=cpu, offload_device=cpu, **level)
+    run = offramp.enable(model, "time_schedule", **TABLE)
+    if first == "exits":
+        model.enable_group_offload(onload_device=cpu, offload_device=cpu, **level)
+    for _ in range(2):
         assert torch.equal(noise(model, given), early) and run.stats.last_depths.tolist() == [2]
+    run.disable()
     assert torch.equal(noise(model, given), full)
 
 
@@ -352,3 +372,180 @@ def test_pipelines_without_one_denoiser_are_refused(dit):
     pipe.transformer = None
     with pytest.raises(UnsupportedModel, match="has no denoiser under transformer, unet, prior"):
         offramp.enable(pipe, "time_schedule")
+
+
+def compiled(way, model, backend):
+    """Compile a DiT in one of the ways that there are; returns what is called."""
+    blocks = model.transformer_blocks
+    if way == "torch.compile(model)":
+        return torch.compile(model, backend=backend)
+    if way == "model.compile()":
+        model.compile(backend=backend)
+    for i, block in enumerate(blocks):
+        if way == "block.compile()":
+            block.compile(backend=backend)
+        elif way == "torch.compile(block)":
+            blocks[i] = torch.compile(block, backend=backend)
+    return model
+
+
+@pytest.mark.parametrize("first", ["exits", "compile"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        *(pytest.param(whole, marks=pytest.mark.slow) for whole in ("torch.compile(model)", "model.compile()")),
+        "torch.compile(block)",
+        "block.compile()",
+    ],
+)
+def test_compiled_before_or_after_enabling_it_says_the_same(way, first, dit, batch):
+    levels, graphs = (900, 500, 100, 900), []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    full = noise(dit, at(batch, 100))
+    with offramp.enable(dit, "time_schedule", **TABLE):
+        wanted = [noise(dit, at(batch, level)) for level in levels]
+    if first == "exits":
+        run = offramp.enable(dit, "time_schedule", **TABLE)
+        called = compiled(way, dit, backend)
+    else:
+        called = compiled(way, dit, backend)
+        run = offramp.enable(called, "time_schedule", **TABLE)  # also of what torch.compile returns
+    for level, out in zip(levels, wanted, strict=True):
+        assert torch.allclose(noise(called, at(batch, level)), out, atol=1e-5)
+    assert run.stats.exits == {2: 8, 4: 4, 6: 4}
+    made = len(graphs)
+    for level in levels:
+        noise(called, at(batch, level))
+    assert 0 < made == len(graphs)  # nothing is compiled again where levels come back
+    if way == "block.compile()" or (way, first) == ("torch.compile(block)", "compile"):
+        assert made <= 2  # the hook is outside: blocks share their graph, whatever their place
+    run.disable()
+    assert torch.allclose(noise(called, at(batch, 100)), full, atol=1e-5)
+    torch.compiler.reset()
+
+
+def test_a_compiled_block_is_put_back_and_a_copy_of_it_leaves_early_too(dit, batch):
+    for block in dit.transformer_blocks:
+        block.compile(backend="eager")
+    own = [block._compiled_call_impl for block in dit.transformer_blocks]
+    with offramp.enable(dit, "time_schedule", **TABLE) as run:
+        early = noise(dit, at(batch, 900))
+        other = copy.deepcopy(dit)  # which torch does not compile
+        assert torch.allclose(noise(other, at(batch, 900)), early, atol=1e-5) and run.stats.rows == 4
+    assert [block._compiled_call_impl for block in dit.transformer_blocks] == own
+    other.__dict__[RUN].disable()
+    assert torch.allclose(noise(other, at(batch, 900)), noise(dit, at(batch, 900)), atol=1e-5)
+
+
+def test_a_cache_inside_blocks_compiled_in_place_is_refused(flux):
+    model, given = flux
+    for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
+        block.compile(backend="eager")
+    with offramp.enable(model, "time_schedule", **TABLE):
+        model.enable_cache(CACHES["first_block"]())
+        with model.cache_context("cond"), pytest.raises(BadArgument, match="FirstBlockCache is inside blocks that"):
+            noise(model, given)
+    model.disable_cache()
+
+
+@pytest.mark.parametrize("first", ["exits", "offload"])
+def test_a_pipeline_that_is_offloaded_before_or_after_enabling(first, dit):
+    """From the CPU to the CPU: what is tried is the order of hooks, which are taken off and on after every call."""
+    pipe = pipeline(dit)
+    full = paint(pipe)
+    with offramp.enable(pipe, "time_schedule", **TABLE):
+        early = paint(pipe)
+    if first == "offload":
+        pipe.enable_model_cpu_offload(device="cpu")
+    run = offramp.enable(pipe, "time_schedule", **TABLE)
+    if first == "exits":
+        pipe.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):
+        assert torch.equal(paint(pipe), early)
+    assert run.stats.rows == 2 * 4 * 4 and run.stats.saved > 0.2
+    run.disable()
+    assert torch.equal(paint(pipe), full)
+
+
+@pytest.mark.parametrize("first", ["exits", "lora"])
+def test_an_adapter_that_is_loaded_before_or_after_enabling(first, sd3):
+    from peft import LoraConfig
+
+    model, given = sd3
+    short = copy.deepcopy(model)
+    short.transformer_blocks = short.transformer_blocks[:2]
+    config = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    if first == "exits":
+        run = offramp.enable(model, "time_schedule", **TABLE)
+        noise(model, given)
+    torch.manual_seed(3)
+    model.add_adapter(config, adapter_name="style")
+    if first == "lora":
+        run = offramp.enable(model, "time_schedule", **TABLE)
+    early = noise(model, given)
+    plain = noise(short, given)
+    short.add_adapter(config, adapter_name="style")
+    weights = {k: v for k, v in model.state_dict().items() if k in short.state_dict()}
+    short.load_state_dict(weights)
+    assert torch.equal(early, noise(short, given)) and not torch.equal(early, plain)
+    model.disable_adapters()
+    assert torch.equal(noise(model, given), plain) and run.stats.last_depths.tolist() == [2, 2]
+    model.delete_adapters("style")
+    assert torch.equal(noise(model, given), plain)
+    run.disable()
+
+
+def test_two_pipelines_that_share_a_transformer_take_turns(dit):
+    one, two = pipeline(dit), pipeline(dit)
+    two.scheduler = DPMSolverMultistepScheduler()
+    full = paint(one), paint(two)
+    run = offramp.enable(one, "time_schedule", **TABLE)
+    early = paint(one)
+    with pytest.raises(NotAttached, match="already enabled on this model; first: run.disable"):
+        offramp.enable(two, "time_schedule", depths=(6, 3))
+    assert run.enabled and torch.equal(paint(one), early)
+    run.disable()
+    with offramp.enable(two, "time_schedule", depths=(6, 3)) as run:
+        assert not torch.equal(paint(two), full[1]) and set(run.stats.exits) == {3, 6}
+    assert torch.equal(paint(one), full[0]) and torch.equal(paint(two), full[1])
+
+
+def test_time_steps_of_every_token_count_with_their_highest():
+    """Wan gives tokens of a first frame that is known the time step 0."""
+    torch.manual_seed(0)
+    model = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=12,
+        freq_dim=16, ffn_dim=32, num_layers=4, cross_attn_norm=True, rope_max_seq_len=32,
+    ).eval()  # fmt: skip
+    times = torch.full((1, 32), 900)
+    times[:, :16] = 0
+    given = {"hidden_states": torch.randn(1, 4, 2, 8, 8), "encoder_hidden_states": torch.randn(1, 5, 12)}
+    short = copy.deepcopy(model)
+    short.blocks = short.blocks[:2]
+    wanted = noise(short, {**given, "timestep": times})
+    with offramp.enable(model, "time_schedule", depths=(4, 2)) as run:
+        assert torch.equal(noise(model, {**given, "timestep": times}), wanted)
+        assert run.stats.last_depths.tolist() == [2]
+        noise(model, {**given, "timestep": torch.zeros(1, 32)})
+        assert run.stats.last_depths.tolist() == [4]
+
+
+@pytest.mark.parametrize("first", ["exits", "casting"])
+def test_casting_beside_output_layers_of_exits(first, dit, batch):
+    exits = offramp.attach(dit, at=[2], head="output")
+    casts = {"storage_dtype": torch.bfloat16, "compute_dtype": torch.float32}
+    if first == "casting":
+        dit.enable_layerwise_casting(**casts)
+    run = offramp.enable(dit, "fixed", depth=2)
+    if first == "exits":
+        dit.enable_layerwise_casting(**casts)
+    assert noise(dit, batch).isfinite().all() and run.stats.last_depths.tolist() == [2] * 4
+    run.disable()
+    assert noise(dit, batch).isfinite().all()
+    exits.detach()
+    assert noise(dit, batch).isfinite().all()

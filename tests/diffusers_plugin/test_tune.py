@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    SD3Transformer2DModel,
+)
 
 import offramp
 from offramp.enable import RUN
@@ -10,8 +19,9 @@ from offramp.errors import BadArgument, NotAttached
 from offramp_diffusers import facts
 from offramp_diffusers.facts import ModelFacts, noise_level
 from offramp_diffusers.fit_schedule import fit_schedule
+from offramp_diffusers.noising import noised, predict
 from offramp_diffusers.policies.time_schedule import TimeSchedule, two_stage
-from offramp_diffusers.tune import ADAPTER, errors, noised, tune
+from offramp_diffusers.tune import ADAPTER, errors, tune
 from offramp_diffusers.tune_heads import tune_heads, tune_uncertainty
 
 
@@ -27,6 +37,15 @@ def test_only_the_depth_of_the_drawn_bin_runs(dit, data):
         block.ff.register_forward_hook(lambda *_, i=i: ran.append(i))
     tune(dit, data, DDPMScheduler(), TimeSchedule((3,)), steps=2, batch_size=4, progress=False)
     assert ran == [0, 1, 2] * 2 and RUN not in dit.__dict__ and not dit.training
+
+
+def test_rows_of_one_step_leave_where_their_levels_say(dit, data, monkeypatch):
+    rows = []
+    for block in dit.transformer_blocks:
+        block.ff.register_forward_hook(lambda module, given, output: rows.append(len(output)))
+    tune(dit, data, DDPMScheduler(), TimeSchedule((6, 2)), steps=1, batch_size=16, progress=False)
+    clean = rows[5]
+    assert rows == [16, 16, clean, clean, clean, clean] and 0 < clean < 16
 
 
 @pytest.mark.parametrize("scheduler", [DDPMScheduler(), FlowMatchEulerDiscreteScheduler()])
@@ -85,10 +104,28 @@ def test_measured_errors_are_those_of_the_depth(dit, data):
     assert found.shape == (3, 6) and found.isfinite().all()
     again = errors(dit, data, DDPMScheduler(), 3, depths=[2], rows=8, progress=False)
     assert torch.equal(found[:, 1:2], again)
+    for level in range(3):
+        draw = torch.Generator().manual_seed(level)
+        picked = torch.randint(32, (8,), generator=draw)
+        given, wanted, _ = noised(data, picked, DDPMScheduler(), (1000 * level / 3, 1000 * (level + 1) / 3), draw, dit)
+        with offramp.enable(dit, TimeSchedule((2,))), torch.no_grad():
+            said = predict(dit, given, wanted)
+        off = (said.double() - wanted.double()).square().mean()
+        assert float(found[level, 1]) == pytest.approx(float(off), rel=1e-6)
     plan = fit_schedule(found, 0.5)
     with offramp.enable(dit, plan) as run, torch.no_grad():
         dit(torch.randn(2, 4, 8, 8), timestep=torch.tensor([900, 900]), class_labels=torch.tensor([0, 1]))
     assert run.stats.last_depths.tolist() == [plan.depths[2]] * 2
+
+
+def test_each_input_runs_through_the_blocks_once_to_measure_every_depth(dit, data):
+    ran = []
+    for i, block in enumerate(dit.transformer_blocks):
+        block.ff.register_forward_hook(lambda *_, i=i: ran.append(i))
+    errors(dit, data, DDPMScheduler(), 2, rows=4, progress=False)
+    assert ran == list(range(6)) * 2
+    with pytest.raises(BadArgument, match="7 blocks are more than the 6"):
+        errors(dit, data, DDPMScheduler(), 2, depths=[7], rows=4, progress=False)
 
 
 BAD_DATA = [
@@ -158,3 +195,74 @@ def test_a_loss_of_another_kind_is_refused(dit, data):
     wanted = r"no method estimated_at\(said, wanted, estimate\); write loss='uncertainty_layerwise'"
     with pytest.raises(BadArgument, match=wanted):
         tune_uncertainty(dit, data, DDPMScheduler(), loss="ase", steps=1, progress=False)
+
+
+def test_what_the_scheduler_predicts_is_asked_before_anything_changes(dit, data, marks):
+    before, flags = marks(dit), [p.requires_grad for p in dit.parameters()]
+    scheduler = DDPMScheduler()
+    scheduler.register_to_config(prediction_type="score")
+    strangers = (scheduler, "predicts 'score'; known: epsilon"), (EDMEulerScheduler(), "has no alphas_cumprod")
+    for strange, match in strangers:
+        with pytest.raises(BadArgument, match=match):
+            tune(dit, data, strange, steps=1, lora=2, progress=False)
+    with pytest.raises(BadArgument, match="takes no label; its arguments: hidden_states, timestep"):
+        tune(dit, {**data, "label": torch.zeros(32)}, DDPMScheduler(), steps=1, lora=2, progress=False)
+    assert marks(dit) == before and [p.requires_grad for p in dit.parameters()] == flags
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(
+    "solver", [DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, DPMSolverMultistepScheduler]
+)
+def test_every_solver_trains_on_what_its_pipeline_shows_the_model(solver, kind, dit):
+    """Euler and Heun mix in more noise and scale it down again before the model sees it."""
+    scheduler = solver(prediction_type=kind)
+    scheduler.set_timesteps(1000)
+    draw = torch.Generator().manual_seed(0)
+    data = {"sample": torch.randn(8, 4, 8, 8)}
+    given, wanted, _ = noised(data, torch.arange(8), scheduler, (1.0, 1000.0), draw, dit)
+    seed = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    plain = DDPMScheduler(beta_start=scheduler.config.beta_start, beta_end=scheduler.config.beta_end)
+    for row, t in enumerate(given["timestep"]):
+        one = plain.add_noise(data["sample"][row], seed[row], t)
+        if hasattr(scheduler, "sigmas") and solver in (EulerDiscreteScheduler, HeunDiscreteScheduler):
+            scheduler._step_index = scheduler._begin_index = None
+            mixed = scheduler.add_noise(data["sample"][row : row + 1], seed[row : row + 1], t.reshape(1).float())
+            one = scheduler.scale_model_input(mixed, t.float())[0]
+        assert torch.allclose(given["hidden_states"][row], one, atol=1e-4), int(t)
+        target = {"epsilon": seed[row], "sample": data["sample"][row]}.get(kind)
+        target = plain.get_velocity(data["sample"][row], seed[row], t) if target is None else target
+        assert torch.allclose(wanted[row], target, atol=1e-5)
+
+
+def test_a_second_training_goes_on_with_the_adapter_of_the_first(dit, data):
+    options = {"steps": 3, "lr": 1e-2, "batch_size": 4, "progress": False, "ema": 0}
+    tune(dit, data, DDPMScheduler(), two_stage(2, 6), lora=2, **options)
+    first = {k: v.clone() for k, v in dit.state_dict().items() if ADAPTER in k}
+    with pytest.raises(BadArgument, match="an adapter 'early_depths' of rank 2 already; go on with lora=2"):
+        tune(dit, data, DDPMScheduler(), lora=4, **options)
+    tune(dit, data, DDPMScheduler(), two_stage(2, 6), lora=2, **{**options, "lr": 1e-6})
+    assert all(torch.allclose(v, first[k], atol=1e-4) for k, v in dit.state_dict().items() if k in first)
+
+
+def test_diffusers_knows_the_adapter_and_saves_it(data, tmp_path):
+    small = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 3}
+    heads = {"attention_head_dim": 8, "num_attention_heads": 2, "caption_projection_dim": 16, "pos_embed_max_size": 8}
+    model = SD3Transformer2DModel(**small, **heads, joint_attention_dim=12, pooled_projection_dim=10)
+    given = {"encoder_hidden_states": torch.randn(32, 5, 12), "pooled_projections": torch.randn(32, 10)}
+    latents = {"sample": data["sample"], **given}
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    tune(model, latents, scheduler, steps=3, lr=1e-2, lora=2, batch_size=4, ema=0, progress=False)
+    batch = {"hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([900.0, 10.0])}
+    batch |= {k: v[:2] for k, v in given.items()}
+    with torch.no_grad():
+        tuned = model(**batch).sample
+        model.disable_adapters()
+        plain = model(**batch).sample
+        model.enable_adapters()
+        model.save_lora_adapter(tmp_path, adapter_name=ADAPTER)
+        model.delete_adapters(ADAPTER)
+        assert torch.equal(model(**batch).sample, plain) and not torch.equal(tuned, plain)
+        file = {"weight_name": "pytorch_lora_weights.safetensors", "prefix": None}
+        model.load_lora_adapter(tmp_path, adapter_name="again", **file)
+        assert torch.allclose(model(**batch).sample, tuned, atol=1e-5)

@@ -12,7 +12,7 @@ import offramp
 from offramp import cli
 from offramp.errors import BadArgument, DamagedFile
 from offramp_hf import bench_shapes, demo, prepare
-from offramp_hf.prepare import Text, depths_of, find_testbed, heldout, ids_of, pieces, windows
+from offramp_hf.prepare import Text, find_testbed, heldout, ids_of, pieces, windows
 
 ASSETS = Path(__file__).parents[1] / "assets"
 RUN = CliRunner()
@@ -147,12 +147,6 @@ def test_windows_need_enough_text(tokenizer, tmp_path):
         windows(tokenizer, [tmp_path / "a.txt"], 64)
     with pytest.raises(DamagedFile, match="cannot be read"):
         windows(tokenizer, [tmp_path / "b.txt"], 64)
-
-
-def test_depths_from_text():
-    assert depths_of("3,6,8") == [3, 6, 8] and depths_of("0.25,0.5") == [0.25, 0.5]
-    with pytest.raises(BadArgument, match="write e.g. --at 3,6,8"):
-        depths_of("3;6")
 
 
 def test_settings_scale_with_the_model():

@@ -7,6 +7,8 @@ import timm
 import torch
 
 import offramp
+from offramp.errors import BadArgument, DamagedFile
+from offramp_vision._compat import import_timm
 
 
 @pytest.fixture
@@ -82,4 +84,106 @@ def test_states_that_left_are_not_kept(model, images):
         leaving = driver.leaving
         driver.leaving = lambda hidden, gone: kept.append(leaving(hidden, gone)) or kept[-1]
         model(images)
-    assert [len(k) for k in kept] == [0] and run.stats.exits == {3: 8}
+    assert [k.untyped_storage().nbytes() for k in kept] == [0] and run.stats.exits == {3: 8}
+
+
+def vit(size=32, **options):
+    shape = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 3}
+    return timm.models.vision_transformer.VisionTransformer(img_size=size, **shape, **options).eval()
+
+
+@torch.no_grad()
+def test_images_of_a_wrong_size_are_refused_in_the_model_s_own_words_and_leave_nothing():
+    model, x = vit(), torch.randn(4, 3, 32, 32)
+    with offramp.attach(model, [1, 2], "pooled_linear"), offramp.enable(model, "fixed", depth=1) as run:
+        wanted = model(x)
+        with pytest.raises(AssertionError, match="Input height .48. doesn't match model .32."):
+            model(torch.randn(4, 3, 48, 48))
+        assert run.stats.rows == 4 and torch.equal(model(x), wanted)
+
+
+@torch.no_grad()
+def test_exits_of_another_resolution_are_refused(tmp_path):
+    with offramp.attach(vit(), [1, 2], "local_perception") as exits:
+        exits.save(tmp_path)
+    larger = vit(64)
+    with pytest.raises(DamagedFile, match=r"exits for image \[32, 32\], this model has \[64, 64\]; attach and fit"):
+        offramp.load(larger, tmp_path)
+    assert not hasattr(larger, "exits")
+    supple = vit(dynamic_img_size=True)
+    offramp.load(supple, tmp_path)
+    with offramp.enable(supple, "fixed", depth=1) as run:
+        with pytest.raises(BadArgument, match="built for 4 x 4 places, and these images have 64: give images of the"):
+            supple(torch.randn(2, 3, 64, 64))
+        supple(torch.randn(2, 3, 32, 32))
+    assert run.stats.rows == 2
+
+
+def test_exits_for_other_classes_are_refused(model, tmp_path):
+    with offramp.attach(model, [1, 3], "pooled_linear") as exits:
+        exits.save(tmp_path)
+    model.reset_classifier(7)
+    with pytest.raises(DamagedFile, match="exits for classes 3, this model has 7; attach and fit new exits"):
+        offramp.load(model, tmp_path)
+    assert not hasattr(model, "exits")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("operator torchvision::nms does not exist"), "pip install --force-reinstall torch torchvision"),
+        (ModuleNotFoundError("No module named 'torchvision'"), "pip install --force-reinstall torch torchvision"),
+        (ModuleNotFoundError("No module named 'timm'"), "pip install 'timm>=1.0'"),
+    ],
+)
+def test_libraries_that_do_not_load_say_what_to_run(error, said, monkeypatch):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr("importlib.import_module", fail)
+    with pytest.raises(BadArgument) as caught:
+        import_timm()
+    assert said in str(caught.value) and str(error) in str(caught.value)
+
+
+@torch.no_grad()
+def test_compiled_blocks_stay_compiled(caplog):
+    """What the compiler made of a block runs inside the hook, on as many images as are left."""
+    caplog.set_level("CRITICAL")  # the compiler says a thousand things
+    model, x, ran = vit(), torch.randn(6, 3, 32, 32), []
+
+    def backend(graph, inputs):
+        def run(*args):
+            ran.append(max(len(a) for a in args if isinstance(a, torch.Tensor) and a.dim() == 3))
+            return graph(*args)
+
+        return run
+
+    full = model(x)
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = torch.compile(block, backend=backend)
+    exits = offramp.attach(model, [1, 2], "pooled_linear")
+    middle = threshold(exits, x)
+    said = exits[1](exits.observe(x).hidden[0])
+    ran.clear()
+    with offramp.enable(model, "confidence", threshold=middle) as run:
+        out = model(x)
+    assert 0 < run.stats.exits[1] < 6 and sum(ran) == run.stats.blocks_run
+    early = run.stats.last_depths == 1
+    assert torch.allclose(out[early], said[early], atol=1e-5)
+    exits.detach()
+    assert torch.allclose(model(x), full, atol=1e-5)
+
+
+@torch.no_grad()
+def test_models_with_blocks_compiled_in_place_answer_the_same(caplog):
+    """`block.compile()` goes through the hook as well: it may gain nothing, and must change nothing."""
+    caplog.set_level("CRITICAL")
+    model, x = vit(), torch.randn(6, 3, 32, 32)
+    exits = offramp.attach(model, [1, 2], "pooled_linear")
+    middle = threshold(exits, x)
+    with offramp.enable(model, "confidence", threshold=middle) as run:
+        wanted, depths = model(x), run.stats.last_depths
+        for block in model.blocks:
+            block.compile(backend="eager")
+        assert torch.allclose(model(x), wanted, atol=1e-5) and torch.equal(run.stats.last_depths, depths)

@@ -93,7 +93,7 @@ def test_a_loss_that_has_nothing_to_train_says_so(model, data):
     offramp.attach(model, [2], head="speculative", candidates=2, inner="shared")
     with pytest.raises(BadArgument, match="no weights of its own to train here"):
         offramp.fit(model, data, loss="distill", steps=1, progress=False)
-    with pytest.raises(BadArgument, match="teaches gates about a model as it is; leave backbone=True out"):
+    with pytest.raises(BadArgument, match="teaches heads or gates about a model as it is; leave backbone=True out"):
         offramp.fit(model, data, loss="speculative_gate", backbone=True, steps=1, progress=False)
     assert offramp.fit(model, data, loss="speculative_gate", steps=2, rows=64, progress=False).losses
 

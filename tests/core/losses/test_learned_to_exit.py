@@ -16,7 +16,7 @@ def made(**options):
 def read(model, exits, x, targets, **options):
     states = exits.backbone.observe(x, exits.at)
     final = exits.backbone.context().readout(states.final)
-    odds, right = made(**options).read(exits, states.hidden, final, targets, range(len(exits)))
+    odds, right, _ = made(**options).read(exits, states.hidden, final, targets, range(len(exits)))
     return torch.stack(odds, 1), right, [exits[d](h) for d, h in zip(exits.at, states.hidden, strict=True)], final
 
 

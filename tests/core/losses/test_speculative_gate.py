@@ -20,7 +20,7 @@ def test_targets_are_whether_each_exit_agrees_with_the_full_model():
     exits = offramp.attach(model, [1, 3], head="speculative", candidates=3, hidden=8)
     seen = exits.backbone.observe(data, exits.at)
     final = exits.backbone.context().readout(seen.final)
-    logits, hits = create(Loss, "speculative_gate").read(exits, seen.hidden, final, None, range(2))
+    logits, hits, _ = create(Loss, "speculative_gate").read(exits, seen.hidden, final, None, range(2))
     trace = offramp.record(model, data)
     assert torch.equal(hits, trace.label[:, :-1] == trace.label[:, -1:])
     assert [x.shape for x in logits] == [(40,)] * 2 and all(x.requires_grad for x in logits)

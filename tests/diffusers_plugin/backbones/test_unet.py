@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
+from torch.utils.flop_counter import FlopCounterMode
 
 import offramp
+from offramp._plugins import adapt
 from offramp.errors import BadArgument
 from offramp_diffusers.tune_heads import tune_heads
 
@@ -135,8 +137,8 @@ def test_heads_are_trained_and_the_model_is_not(unet):
 
 def test_places_without_an_exit_are_refused(unet):
     model, batch = unet
-    with pytest.raises(BadArgument, match="stands after an up block of a U-Net, and depth 1 is down_blocks.0"):
-        offramp.attach(model, at=[1], head="upsample")
+    with pytest.raises(BadArgument, match="after a down or an up block of a U-Net, and depth . is mid_block"):
+        offramp.attach(model, at=[len(model.down_blocks) + 1], head="upsample")
     depth = depths(model)[0]
     offramp.attach(model, at=[depth], head="passthrough")
     with pytest.raises(BadArgument, match='attach with head="upsample"'):
@@ -159,3 +161,139 @@ def test_a_schedule_needs_an_exit_at_each_depth(unet):
     model, _ = unet
     with pytest.raises(BadArgument, match="where no head was attached"):
         offramp.enable(model, "time_schedule")
+
+
+def levels(model):
+    """Depths on the way down from which a state can go straight across."""
+    return range(1, len(model.down_blocks) + 1)
+
+
+def across(model, depth):
+    """A model whose bottom was cut out by hand: its exit brings the state to the up block of the same level."""
+    exits = model.__dict__["_offramp_exits"]
+    head, blocks = copy.deepcopy(exits[depth]), exits.backbone.blocks()
+    exits.detach()
+    kept = {}
+
+    def down(i):
+        def forward(hidden_states, *_, **__):
+            kept.setdefault("state", hidden_states)
+            return hidden_states, (hidden_states,) * (len(blocks[i].resnets) + (blocks[i].downsamplers is not None))
+
+        return forward
+
+    for i in range(depth, len(model.down_blocks)):
+        blocks[i].forward = down(i)
+
+    def middle(hidden_states, *_, **__):
+        kept.setdefault("state", hidden_states)
+        return hidden_states
+
+    for block in blocks[len(model.down_blocks) : len(blocks) - depth]:
+        block.forward = middle
+    goes_on = blocks[len(blocks) - depth]
+    own = goes_on.forward
+
+    def forward(*args, **kwargs):
+        state = head(kept.pop("state"))
+        return own(**{**kwargs, "hidden_states": state}) if kwargs else own(state, *args[1:])
+
+    goes_on.forward = forward
+    return model
+
+
+@pytest.mark.parametrize("way", ["fixed", "time_schedule"])
+def test_the_bottom_does_not_run_and_the_rest_is_the_model_cut_by_hand(way, unet, marks):
+    model, batch = unet
+    before, full, blocks = marks(model), said(model, batch), adapt(model).blocks()
+    for depth in levels(model):
+        exits = offramp.attach(model, at=[depth], head="upsample")
+        with torch.no_grad():
+            exits[depth].map.weight.normal_()
+        wanted = said(across(*copy.deepcopy((model, depth))), batch)
+        ran, handles = set(), []
+        for i, block in enumerate(blocks):
+            for leaf in (m for m in block.modules() if not list(m.children())):
+                handles.append(leaf.register_forward_hook(lambda *_, i=i, ran=ran: ran.add(i)))
+        options = {"depth": depth} if way == "fixed" else {"depths": (depth,)}
+        with offramp.enable(model, way, **options) as run:
+            assert torch.equal(said(model, batch), wanted)
+        for handle in handles:
+            handle.remove()
+        assert sorted(ran) == [*range(depth), *range(len(blocks) - depth, len(blocks))]
+        assert (run.stats.blocks_run, run.stats.blocks_full) == (2 * 2 * depth, 2 * len(blocks))
+        assert run.stats.last_depths.tolist() == [depth] * 2
+        exits.detach()
+    assert torch.equal(said(model, batch), full) and marks(model) == before
+
+
+def test_flops_fall_with_the_bottom_and_with_the_end(unet):
+    model, batch = unet
+    full, found = flops(model, batch), []
+    places = [*levels(model), *depths(model)]
+    exits = offramp.attach(model, at=places, head="upsample")
+    for depth in places:
+        with offramp.enable(model, "time_schedule", depths=(depth,)):
+            found.append(flops(model, batch))
+    exits.detach()
+    down, up = found[: len(model.down_blocks)], found[len(model.down_blocks) :]
+    assert down == sorted(down) and up == sorted(up) and len(set(found)) == len(found) and max(found) < full
+
+
+def flops(model, batch):
+    with FlopCounterMode(display=False) as counter:
+        said(model, batch)
+    return counter.get_total_flops()
+
+
+def test_a_controlnet_adds_to_the_levels_that_run(unet):
+    model, batch = unet
+    if isinstance(model, UNet2DModel):
+        return
+    kept = []
+    handles = [b.register_forward_hook(lambda m, a, out: kept.extend(out[1])) for b in model.down_blocks]
+    handles.append(model.conv_in.register_forward_hook(lambda m, a, out: kept.append(out)))
+    middle = []
+    handles.append(model.mid_block.register_forward_hook(lambda m, a, out: middle.append(out)))
+    said(model, batch)
+    for handle in handles:
+        handle.remove()
+    extra = {
+        "down_block_additional_residuals": [torch.randn_like(k) for k in kept],
+        "mid_block_additional_residual": torch.randn_like(middle[0]),
+    }
+    offramp.attach(model, at=[1], head="upsample")
+    with offramp.enable(model, "fixed", depth=1):
+        plain, controlled = said(model, batch), said(model, {**batch, **extra})
+        extra["mid_block_additional_residual"] *= 5  # of the bottom, which does not run
+        assert torch.equal(said(model, {**batch, **extra}), controlled)
+        extra["down_block_additional_residuals"][0] *= 5
+        assert not torch.equal(said(model, {**batch, **extra}), controlled) and not torch.equal(plain, controlled)
+        adapter = [torch.randn(2, 8, 8, 8), torch.randn(2, 16, 8, 8)]
+        with pytest.raises((BadArgument, RuntimeError)):
+            said(model, {**batch, "down_intrablock_additional_residuals": adapter})
+
+
+def test_odd_sizes_come_back_as_they_were(unet):
+    model, batch = unet
+    batch = {**batch, "sample": batch["sample"][..., :13, :11]}
+    if isinstance(model, UNet2DModel):
+        with pytest.raises(RuntimeError):  # the model itself takes no such size
+            said(model, batch)
+        return
+    full = said(model, batch)
+    for depth in [*levels(model), *depths(model)]:
+        with offramp.attach(model, at=[depth], head="upsample"), offramp.enable(model, "fixed", depth=depth):
+            assert said(model, batch).shape == full.shape
+
+
+def test_the_way_across_is_trained(unet):
+    model, batch = unet
+    exits = offramp.attach(model, at=[1], head="upsample")
+    data = {"sample": torch.ones(8, *batch["sample"].shape[1:])}
+    if "encoder_hidden_states" in batch:
+        data["encoder_hidden_states"] = torch.randn(8, 5, 12)
+    start = exits[1].map.weight.clone()
+    options = {"steps": 20, "lr": 1e-2, "batch_size": 8, "progress": False}
+    report = tune_heads(model, data, DDPMScheduler(prediction_type="sample"), **options)
+    assert not torch.equal(exits[1].map.weight, start) and sum(report.losses[-4:]) < sum(report.losses[:4])

@@ -65,12 +65,17 @@ def test_same_distribution(make, options):
 
 
 WORDS, TEXTS = 32, 20000
-RULES = [{"rule": "fixed", "length": 2}, {"rule": "tree", "width": 3, "length": 2}, "lookup", "hybrid", "dssd"]
+WAYS = [
+    {"draft": {"rule": "fixed", "length": 2}},
+    {"draft": {"rule": "fixed", "length": 2}, "draft_vocabulary": range(4, 24)},
+    {"draft": {"rule": "tree", "width": 3, "length": 2}},
+    *({"draft": rule} for rule in ("lookup", "hybrid", "dssd")),
+]
 
 
 @pytest.mark.slow
 def test_every_kind_of_draft_keeps_the_distribution(make):
-    """20,000 texts over 32 words and five kinds of drafts, at 5 % for all of them together."""
+    """20,000 texts over 32 words and six kinds of drafts, at 5 % for all of them together."""
     model = make(vocab=WORDS, scale=0.5, hidden_size=16, intermediate_size=32)
     model.generation_config.top_k = 0
     # every word but the padding can be looked up
@@ -81,17 +86,17 @@ def test_every_kind_of_draft_keeps_the_distribution(make):
         p = (first[:, None] * model(input_ids=longer).logits[:, -1].double().softmax(-1)).flatten()
     offramp.attach(model, at=[2])
     torch.manual_seed(4)
-    for rule in RULES:
-        with offramp.enable(model, "fixed", depth=2, verify=True, draft=rule) as run:
+    for way in WAYS:
+        with offramp.enable(model, "fixed", depth=2, verify=True, **way) as run:
             out = model.generate(
                 prompt, do_sample=True, max_new_tokens=3, min_new_tokens=3, num_return_sequences=TEXTS
             )[:, -3:-1]
-            assert 0 < run.stats.accepted < run.stats.drafted, rule
+            assert 0 < run.stats.accepted < run.stats.drafted, way
         counts = torch.bincount((out * torch.tensor([WORDS, 1])).sum(-1), minlength=WORDS**2).double()
         common = p * TEXTS >= 5
         found = torch.cat([counts[common], counts[~common].sum()[None]])
         wanted = torch.cat([p[common], p[~common].sum()[None]]) * TEXTS
-        assert chisquare(found.numpy(), (wanted * found.sum() / wanted.sum()).numpy()).pvalue > 0.05 / len(RULES), rule
+        assert chisquare(found.numpy(), (wanted * found.sum() / wanted.sum()).numpy()).pvalue > 0.05 / len(WAYS), way
 
 
 def chooser(sample):

@@ -1,5 +1,7 @@
 """The adaptive rule drafts where it pays, rests where it loses, and wakes again."""
 
+import pytest
+
 from offramp._registry import create
 from offramp.draft import DraftRule, Look, Outcome, Setup
 
@@ -46,4 +48,4 @@ def test_a_policy_that_refuses_is_obeyed():
 
 
 def test_price_counts_low_blocks_look_and_wider_call():
-    assert start().price(0) == (3 + 0.5 + 0.02 * 9) / 12
+    assert start().price(0) == pytest.approx((3 + 0.5 + 0.02 * 9) / 12)

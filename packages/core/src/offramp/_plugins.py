@@ -79,8 +79,10 @@ def adapt(model: nn.Module, report: PluginReport | None = None) -> Backbone:
 
 
 def part(model: Any) -> Any:
-    """Return the model itself, or the part of a pipeline that exits act on, as the plugin of its framework says."""
-    if isinstance(model, nn.Module):
+    """Return the model itself, or the part that exits act on of a pipeline or of what `torch.compile` made of a model,
+    as the plugin of its framework says.
+    """
+    if isinstance(model, nn.Module) and not hasattr(model, "_orig_mod"):
         return model
     found = plugins().manager.hook.offramp_part(whole=model)
     return model if found is None else found

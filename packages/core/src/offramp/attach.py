@@ -81,14 +81,24 @@ class Exits:
         """Whether the heads read the whole state at their tap."""
         return bool(self.at) and type(self[self.at[0]]).whole
 
-    def observe(self, batch: Any, more: Sequence[int] = ()) -> Observed:
+    @property
+    def live(self) -> bool:
+        """Whether what the heads read is trained with them."""
+        return bool(self.at) and type(self[self.at[0]]).live
+
+    def observe(self, batch: Any, more: Sequence[int] = (), deepest: bool = False) -> Observed:
         """Run the full model on one batch and return what the heads need to see of it.
 
-        more: further depths whose states are wanted; those of all depths are then in `states`.
+        more: further depths whose states are wanted; those of all depths are then in `states`. deepest: keep the whole
+        state after the last block too, as `last`.
         """
-        depths = sorted({*self.at, *more})
-        entire = self.mixes or self.whole
+        depths = sorted({*self.at, *more, *([self.backbone.depth] if deepest else [])})
+        entire = self.mixes or self.whole or deepest
         seen = self.backbone.observe(batch, depths, whole=True) if entire else self.backbone.observe(batch, depths)
+        if deepest:
+            seen.last = seen.whole.pop()
+            seen.hidden.pop()
+            depths.pop()
         if more:
             seen.states = {**dict(zip(depths, seen.hidden, strict=True)), self.backbone.depth: seen.final}
             mine = [depths.index(d) for d in self.at]

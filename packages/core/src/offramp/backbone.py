@@ -43,9 +43,9 @@ class Observed:
 
     hidden: one [rows, width] per tap asked for; final: the last hidden state [rows, width], before the readout;
     targets: [rows] labels or None; position: [rows] place in the sequence or None; sample: [rows] which input row it
-    came from. For heads that mix: whole: the states [batch, token, width] per tap; keep: bool [batch, token], which of
-    their tokens are the rows; around: what surrounds them. states: [rows, width] by depth, of all depths, where a loss
-    wants more of them than heads read.
+    came from; last: the whole state after the last block [rows, ...], where a loss wants it. For heads that mix: whole:
+    the states [batch, token, width] per tap; keep: bool [batch, token], which of their tokens are the rows; around:
+    what surrounds them. states: [rows, width] by depth, of all depths, where a loss wants more of them than heads read.
     """
 
     hidden: list[Tensor]
@@ -57,6 +57,11 @@ class Observed:
     keep: Tensor | None = None
     around: Around | None = None
     states: dict[int, Tensor] = field(default_factory=dict)
+    last: Tensor | None = None
+
+    def kept(self) -> list[Tensor]:
+        """Return all states, which fill the memory where they are kept."""
+        return [*self.whole, *self.hidden, self.final, *([] if self.last is None else [self.last])]
 
 
 class Backbone(ABC):
@@ -103,6 +108,13 @@ class Backbone(ABC):
     def observe(self, batch: Any, depths: Sequence[int], whole: bool = False) -> Observed:
         """Run the full model on one batch and return the states at `depths`; nothing changed. Gradients are the
         caller's choice; whole: fill `Observed.whole` too (only where `sequences` is set)."""
+
+    def batched(self, data: Any, batch_size: int, seed: int | None = None) -> Any:
+        """Return data as batches of this model where it is a data set of its framework, else as it is.
+
+        seed: of the order of rows, another one each time round; None for the order of the data.
+        """
+        return data
 
     def generated(self, batch: Any) -> Tensor:
         """Return which generated token, from 0, each place [batch, token] of a batch predicts; prompts are negative.

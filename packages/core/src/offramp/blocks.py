@@ -10,95 +10,49 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offramp.call import BlockSpec as BlockSpec
+from offramp.call import Call as Call
+from offramp.call import Path
+from offramp.call import state_of as state_of
+from offramp.call import with_state as with_state
 from offramp.errors import BadArgument, UnsupportedModel
-
-Path = tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class BlockSpec:
-    """Facts about how a block is called, as data.
-
-    argument, place: keyword name and position of the hidden state; size: length of the returned tuple whose item 0 is
-    the hidden state, or None when the block returns the tensor; batched: paths of the other arguments whose dimension
-    0 is the batch, e.g. ("attention_mask",) or (1, 0).
-    """
-
-    argument: str = "hidden_states"
-    place: int = 0
-    size: int | None = None
-    batched: frozenset[Path] = frozenset()
-
-
-@dataclass
-class Call:
-    """One call of a block, not made yet."""
-
-    original: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    spec: BlockSpec
-
-    @property
-    def hidden(self) -> Tensor:
-        """The incoming hidden state."""
-        value = self.args[self.spec.place] if len(self.args) > self.spec.place else self.kwargs[self.spec.argument]
-        return value  # type: ignore[no-any-return]
-
-    def run(self, hidden: Tensor | None = None, rows: Tensor | None = None) -> Any:
-        """Run the block, on `hidden` instead of the incoming state, and with `rows` of every batched argument."""
-        args, kwargs = self.args, self.kwargs
-        if rows is not None and self.spec.batched:
-            args = tuple(_select(a, (i,), rows, self.spec.batched) for i, a in enumerate(args))
-            kwargs = {k: _select(v, (k,), rows, self.spec.batched) for k, v in kwargs.items()}
-        if hidden is not None:
-            if len(args) > self.spec.place:
-                args = (*args[: self.spec.place], hidden, *args[self.spec.place + 1 :])
-            else:
-                kwargs = {**kwargs, self.spec.argument: hidden}
-        return self.original(*args, **kwargs)
-
-    def through(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Return the state that another block of the same kind makes of `hidden`, called as this one was."""
-        return state_of(Call(block.forward, self.args, self.kwargs, self.spec).run(hidden))
-
-    def skip(self, hidden: Tensor | None = None) -> Any:
-        """Return `hidden` (default: the incoming state) in the block's own return shape, without running it."""
-        out = self.hidden if hidden is None else hidden
-        return out if self.spec.size is None else (out, *[None] * (self.spec.size - 1))
-
-
-def state_of(output: Any) -> Tensor:
-    """Return the hidden state in a block's return value."""
-    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
-
-
-def with_state(output: Any, hidden: Tensor) -> Any:
-    """Return a block's return value with its hidden state replaced."""
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-
-def _select(value: Any, path: Path, rows: Tensor, batched: frozenset[Path]) -> Any:
-    if isinstance(value, Tensor):  # dimension 0 of size 1 is broadcast to the batch: there is nothing to choose
-        return value.index_select(0, rows) if path in batched and value.dim() and value.shape[0] > 1 else value
-    if isinstance(value, (tuple, list)):
-        parts = [_select(v, (*path, i), rows, batched) for i, v in enumerate(value)]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)  # named tuples take them apart
-    return value
-
 
 Handler = Callable[[int, Call], Any]
 
 
+#: where `module.compile()` puts what runs instead of the module's call
+COMPILED = "_compiled_call_impl"
+
+
 class BlockHook:
-    """Replaces `module.forward` by a bound method, so that deep copies of the model get a consistent copy of it."""
+    """Replaces `module.forward` by a bound method, so that deep copies of the model get a consistent copy of it.
+
+    On a module that was compiled in place it stands before what was compiled: inside it every decision would be a guard
+    of a graph, and torch gives up compiling after eight of them.
+    """
 
     def __init__(self, chain: Chain, module: nn.Module, positions: list[int], handler: Handler) -> None:
         self.chain, self.module, self.positions, self.handler = chain, module, positions, handler
         self.turn = 0
-        self.previous = module.__dict__.get("forward")
-        self.original = module.forward
-        module.__dict__["forward"] = self.forward
+        self.put()
+
+    def put(self) -> None:
+        """Stand before whatever runs the block now."""
+        self.place = "forward" if self.module.__dict__.get(COMPILED) is None else COMPILED
+        self.previous = self.module.__dict__.get(self.place)
+        self.original = getattr(self.module, self.place)
+        self.module.__dict__[self.place] = self.forward
+
+    def settle(self) -> None:
+        """Stand there still where the block was compiled since, or is no more (a deep copy is not)."""
+        compiled = self.module.__dict__.get(COMPILED)
+        if isinstance(getattr(compiled, "__self__", None), BlockHook) or (compiled is None and self.place == "forward"):
+            return
+        if self.place == "forward":
+            if self.module.__dict__.get("forward") != self.forward:  # something stands on top, and stays there
+                return
+            self.remove()
+        self.put()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Hand the call to the handler with the index of the block; a shared block counts its own turns."""
@@ -109,9 +63,9 @@ class BlockHook:
     def remove(self) -> None:
         """Put back exactly what was there."""
         if self.previous is None:
-            self.module.__dict__.pop("forward", None)
+            self.module.__dict__.pop(self.place, None)
         else:
-            self.module.__dict__["forward"] = self.previous
+            self.module.__dict__[self.place] = self.previous
 
 
 @dataclass
@@ -176,6 +130,7 @@ class Chain:
         """Start counting the turns of shared blocks anew; called before every forward."""
         for hook in self.hooks:
             hook.turn = 0
+            hook.settle()
 
     @contextmanager
     def capture(self, depths: Sequence[int], calls: list[Call] | None = None) -> Iterator[dict[int, Tensor]]:

@@ -89,11 +89,12 @@ def sha256(data: bytes) -> str:
 
 
 def _own(exits: Exits) -> dict[str, Tensor]:
-    """Return the weights of heads and gate that belong into `exits.safetensors`, by depth and name."""
+    """Return the weights that belong into `exits.safetensors`, by depth and name: of heads, and of what stands beside
+    them (a gate, a branch)."""
     heads = {depth: exits[depth] for depth in exits.at}
     own = {f"{d}.{k}": v for d, h in heads.items() for k, v in h.own_state().items() if not k.startswith(h.extra)}
-    gate = {} if exits.gate is None else exits.gate_module.state_dict(keep_vars=True)
-    return own | {f"gate.{k}": v for k, v in gate.items()}
+    beside = {name: module for name, module in exits.modules.items() if name not in map(str, exits.at)}
+    return own | {f"{n}.{k}": v for n, module in beside.items() for k, v in module.state_dict(keep_vars=True).items()}
 
 
 def save(exits: Exits, directory: str | Path) -> None:

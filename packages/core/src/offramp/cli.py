@@ -28,6 +28,31 @@ GROUPS = {
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
 
 
+class ByModel(TyperGroup):
+    """A group whose sub-command need not be named where --model says which it is: `offramp fit --model timm/NAME`.
+
+    A sub-command is for models of a kind when its own --model has a metavar that begins so: "timm/NAME".
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the sub-command in front of options that come without one; raises `BadArgument` where none is meant."""
+        after = [*args[1:], ""]
+        given = next((a[8:] or b for a, b in zip(args, after, strict=True) if a.split("=")[0] == "--model"), None)
+        if given is not None and args[0].startswith("-"):
+            args = [self._meant(ctx, given), *args]
+        return super().parse_args(ctx, args)
+
+    def _meant(self, ctx: Any, model: str) -> str:
+        kind, slash, _ = model.partition("/")
+        for name in self.list_commands(ctx):
+            command = self.get_command(ctx, name)
+            for option in command.params if command is not None else ():
+                if slash and "--model" in option.opts and str(option.metavar).startswith(kind + slash):
+                    return name
+        known = ", ".join(self.list_commands(ctx)) or "none: install a plugin, e.g. pip install offramp-vision"
+        raise BadArgument(f"--model {model} does not say what kind of model it is; name the command ({known})")
+
+
 class CleanErrors(TyperGroup):
     """Shows an `OfframpError` as one message with exit code 1; anything else is a bug and keeps its traceback."""
 
@@ -91,12 +116,40 @@ def options_from(pairs: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def depths_of(text: str) -> list[int | float]:
+    """Turn "3,6,8" or "0.25,0.5" into taps; raises `BadArgument`."""
+    try:
+        return [float(part) if "." in part else int(part) for part in text.split(",")]
+    except ValueError:
+        raise BadArgument(f"--at {text!r} is not a list of depths or fractions; write e.g. --at 3,6,8") from None
+
+
+def told_fit(exits: Any, report: Any, folder: Path, what: str, out: Path | None) -> None:
+    """Save fitted exits, say how often each agrees with the full model, and write it as JSON. what: rows are called."""
+    exits.save(folder)
+    for depth in exits.at:
+        before, after = report.before[depth], report.agreement[depth]
+        console().print(
+            f"depth {depth}: agrees with the full model on {after:.1%} of held-out {what} (before: {before:.1%})"
+        )
+    console().print(f"wrote {escape(str(folder))} after {report.seconds:.0f} s", soft_wrap=True)
+    body = {"at": list(exits.at), "head": exits.head, "before": report.before, "agreement": report.agreement}
+    write_json(out, {**body, "loss": report.losses[-1], "seconds": report.seconds, "out": folder})
+
+
+def told_trace(made: Any, path: Path, out: Path | None) -> None:
+    """Save a trace, say what is in it, and write it as JSON."""
+    made.save(path)
+    console().print(f"wrote {escape(str(path))}: {escape(repr(made))}", soft_wrap=True)
+    write_json(out, {"trace": path, "rows": len(made), "depths": list(made.depths), "data_hash": made.data_hash})
+
+
 def group(app: typer.Typer, name: str) -> typer.Typer:
     """Return the group `name` of `app`, to which a plugin adds its sub-command; made when it is not there yet."""
     for one in app.registered_groups:
         if one.name == name and one.typer_instance is not None:
             return one.typer_instance
-    made = typer.Typer(name=name, no_args_is_help=True)
+    made = typer.Typer(name=name, no_args_is_help=True, cls=ByModel)
     app.add_typer(made, name=name, help=GROUPS.get(name))
     return made
 

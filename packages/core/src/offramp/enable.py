@@ -159,11 +159,10 @@ def enable(
     `Calibration`, or None for the `early_exit` dict of the model's own config. verify=True: every early token is
     checked by the deep blocks (lossless); draft: a rule of `offramp.names(offramp.DraftRule)`, with options as
     {"rule": name, ...}, or a number of tokens; kv: "catch_up", "propagate" or "recompute" without verify, "schedule"
-    with position_schedule, which needs no exits; window: most tokens that wait for the deep blocks; rollback: see
-    `Options`; compile=True: blocks run compiled, from the second call on as fast as they will be (the first compiles);
-    strict=True: raise where the full model would be used instead; force=True: take a calibration that was
-    made on another model, heads or exits, without its certificate. Raises `NotAttached`, `BadArgument`, `UnknownName`;
-    changes nothing then.
+    with position_schedule, which needs no exits; window, rollback, draft_vocabulary: see `Options`; compile=True: run
+    blocks compiled, from the second call on as fast as they will be (the first compiles); strict=True: raise where the
+    full model would be used instead; force=True: take a calibration that was made on another model, heads or exits,
+    without its certificate. Raises `NotAttached`, `BadArgument`, `UnknownName`; changes nothing then.
     """
     model = part(model)
     if RUN in model.__dict__:

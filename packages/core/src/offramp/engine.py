@@ -25,14 +25,14 @@ def look(
     hidden: Tensor,
     previous: Tensor | None,
     position: Tensor | None = None,
-    given: tuple[Tensor, dict[str, Tensor]] | None = None,
+    given: tuple[Tensor | None, dict[str, Tensor], int] | None = None,
     needs: frozenset[str] | None = None,
     recent: Sequence[Sequence[int]] | None = None,
 ) -> Evidence:
     """Return the evidence of exit `index` for pooled states [rows, width]; its head runs only if it is needed.
 
-    given: the head's prediction and its statistics, where they are known; needs: statistics to compute, None for those
-    of the policy.
+    given: the head's prediction, its statistics and how many classes it has, where they are known; the prediction may
+    be None where all its statistics are; needs: statistics to compute, None for those of the policy.
     """
     depths = run.exits.at
     needs = run.policy.statistics() if needs is None else needs
@@ -40,16 +40,16 @@ def look(
     gate = run.gate if run.gate is not None and run.gate.statistic in needs else None
     asked = gate.needs if gate is not None else frozenset()
     # a gate's candidates come from the first exit's head: run here, it also gives the answer of rows that stop there
-    prediction, stats = given or (None, {})
-    if prediction is None and (needs & LOGITS or asked or ("gate" in needs and index == 0)):
+    prediction, stats, classes = given or (None, {}, 0)
+    if given is None and (needs & LOGITS or asked or ("gate" in needs and index == 0)):
         prediction = run.exits[depth](hidden)
     if prediction is not None:
         stats |= confidence(prediction, (needs | asked) - stats.keys())
+        classes = prediction.shape[-1]
     if "cosine" in needs and previous is not None:
         stats["cosine"] = cosine(hidden, previous)
     if gate is not None:
         stats[gate.statistic] = gate(hidden, index, previous, stats)
-    classes = 0 if prediction is None else prediction.shape[-1]
     last = index == len(depths) - 1
     head = run.exits[depth] if "gate" in needs else None
     return Evidence(index, depth, index == 0, last, hidden, prediction, classes, position, stats, head, recent)

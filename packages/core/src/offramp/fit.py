@@ -59,7 +59,7 @@ def fit(
 ) -> FitReport:
     """Train all heads together on `data`, or the gates, as the loss says, with the backbone frozen unless asked.
 
-    data: as the model takes it (labels only for loss="labels"); batch_size: rows of the model's own input per
+    data: as for `record` (labels only for loss="labels"); batch_size: rows of the model's own input per
     forward; rows: samples (tokens) per step; lr: AdamW's, cosine to zero with 5 % warm-up; options: the loss's
     (`temperature`, `weighting`, ...). backbone: train the model too, on one batch per step (`rows` has no meaning
     then); layer_dropout: rate of the last block, per sample, rising with depth (arXiv 2404.16710);
@@ -77,18 +77,20 @@ def fit(
     stages = plan(schedule if isinstance(schedule, str) else None, objective, steps, backbone)
     for stage in stages:  # all of them, before the first changes anything
         _check(exits, stage, layer_dropout, fixed)
+    data = exits.backbone.batched(data, batch_size, seed)
     started = time.perf_counter()
     grads = {p: p.requires_grad for p in model.parameters()}
     report = FitReport()
     try:
         with evaluating(model), paused(model):
             for n, stage in enumerate(stages):
-                if stage.backbone or exits.mixes:
+                if stage.backbone or exits.mixes or exits.live:
                     taps, even = stage.loss.taps(exits.at, exits.backbone.depth), stage.loss.equilibrium
+                    deepest = stage.loss.deepest
                     frozen = not stage.backbone
-                    source: Any = Live(exits, data, batch_size, seed, layer_dropout, fixed, frozen, taps, even)
+                    source: Any = Live(exits, data, batch_size, seed, layer_dropout, fixed, frozen, taps, even, deepest)
                 else:
-                    source = _States(exits, data, batch_size, rows, seed)
+                    source = _States(exits, data, batch_size, rows, seed, stage.loss.deepest)
                 report.before = report.before if n else source.agreement()
                 _train(exits, source, stage, report, lr, weight_decay, weights, progress)
                 report.agreement = source.agreement()
@@ -113,12 +115,13 @@ def _check(exits: Exits, stage: Stage, dropout: float, schedule: SchedulePolicy 
     depth, objective, steps, backbone = exits.backbone.depth, stage.loss, stage.steps, stage.backbone
     if objective.beside:
         need_gate(exits, objective.beside)
+    objective.check(exits)
     if schedule is not None:
         check_training(schedule, backbone, depth)
     if steps < 1:
         raise BadArgument(f"steps={steps} trains nothing; give steps=500")
     if backbone and objective.frozen:
-        raise BadArgument(f"{objective} teaches gates about a model as it is; leave backbone=True out")
+        raise BadArgument(f"{objective} teaches heads or gates about a model as it is; leave backbone=True out")
     if objective.equilibrium and not backbone:
         raise BadArgument(f"{objective} is about the gradients of the model itself; add backbone=True")
     if not backbone and objective.taps(exits.at, depth):
@@ -214,6 +217,8 @@ def objective_of(
     with torch.set_grad_enabled(torch.is_grad_enabled() and seen.final.requires_grad):
         final = exits.backbone.context().readout(seen.final)
     hidden = exits.inputs(seen)
+    if seen.last is not None:
+        hidden.append(seen.last)
     if loss.equilibrium:  # the other half of it is on the states' way down, in `Live`
         hidden = [share_gradient(h, 1 / (len(hidden) - i)) for i, h in enumerate(hidden)]
     return value_of(exits, loss, hidden, final, seen, step, steps, scale)
@@ -229,26 +234,26 @@ def value_of(
     steps: int = 1,
     scale: float = 1.0,
 ) -> Tensor:
-    """Return the loss of one batch. hidden: what each exit reads [rows, width]; final: the full model's prediction."""
+    """Return the loss of one batch. hidden: as for `Loss.read`; final: the full model's prediction."""
     active = loss.active(step, steps, len(exits))
-    answers, targets = loss.read(exits, hidden, final, seen.targets, active)
+    answers, targets, more = loss.read(exits, hidden, final, seen.targets, active)
     odds = exits.odds(hidden, answers) if loss.beside else None
     depths = (*(exits.at[i] for i in active), exits.backbone.depth)
-    moment = Moment(scale, depths, seen.states, odds, step, steps)
+    moment = Moment(scale, depths, seen.states, odds, step, steps, more)
     return loss(answers, final, targets, active, len(exits), moment)
 
 
 class _States:
     """Rows of hidden states in random order, endlessly; the last tenth is kept for the report."""
 
-    def __init__(self, exits: Exits, data: Any, batch_size: int, rows: int, seed: int) -> None:
+    def __init__(self, exits: Exits, data: Any, batch_size: int, rows: int, seed: int, deepest: bool) -> None:
         self.exits, self.rows = exits, rows
         self.generator = torch.Generator().manual_seed(seed)
         parts, size = [], 0
         with torch.no_grad():
             for batch in batches(data, batch_size):
-                parts.append(exits.observe(batch))
-                size += sum(h.numel() * h.element_size() for h in [*parts[-1].hidden, parts[-1].final])
+                parts.append(one := exits.observe(batch, deepest=deepest))
+                size += sum(h.numel() * h.element_size() for h in one.kept())
                 if size > CACHE_BYTES:
                     warnings.warn(
                         f"fit uses the first {len(parts)} batches: their states fill {size} bytes", stacklevel=4
@@ -259,7 +264,8 @@ class _States:
         self.all = Observed(
             [torch.cat([p.hidden[i] for p in parts]) for i in range(len(exits.at))],
             torch.cat([p.final for p in parts]),
-            None if parts[0].targets is None else torch.cat([p.targets for p in parts if p.targets is not None]),
+            _joined([p.targets for p in parts]),
+            last=_joined([p.last for p in parts]),
         )
         n = len(self.all.final)
         self.train = max(1, n - n // 10)
@@ -267,7 +273,8 @@ class _States:
     def at(self, index: Tensor) -> Observed:
         index = index.to(self.all.final.device)
         targets = None if self.all.targets is None else self.all.targets[index]
-        return Observed([h[index] for h in self.all.hidden], self.all.final[index], targets)
+        last = None if self.all.last is None else self.all.last[index]
+        return Observed([h[index] for h in self.all.hidden], self.all.final[index], targets, last=last)
 
     def __iter__(self) -> Iterator[Observed]:
         while True:
@@ -285,3 +292,8 @@ class _States:
             for depth, hidden in zip(self.exits.at, seen.hidden, strict=True):
                 hits[depth] += same(self.exits[depth](hidden), final)
         return {d: v / len(index) for d, v in hits.items()}
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Return the rows of all parts; None where the first has none."""
+    return None if parts[0] is None else torch.cat([p for p in parts if p is not None])

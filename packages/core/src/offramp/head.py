@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from offramp.backbone import Tap
@@ -75,6 +77,8 @@ class ExitHead(nn.Module):
     any_width: ClassVar[bool] = False
     #: whether it must be in train mode while it is trained, and in eval mode when it answers (batch norm)
     modal: ClassVar[bool] = False
+    #: whether what the head reads comes out of weights that are trained with it, so that the model runs in every step
+    live: ClassVar[bool] = False
 
     def reduce(self, hidden: Tensor) -> Tensor:
         """Return what weights of the head act on, of a whole state [batch, ...]: whatever else need not be kept."""
@@ -98,6 +102,24 @@ class ExitHead(nn.Module):
     @abstractmethod
     def forward(self, hidden: Tensor) -> Tensor:
         """Map hidden [..., width] to a prediction [..., classes]."""
+
+    def narrowed(self, ids: Tensor) -> ExitHead:
+        """Return this head for the classes `ids` only, [..., width] -> [..., len(ids)]: all modules but the projection
+        are shared, of which it holds its rows as they are at each `refresh()` of its `Rows`. Raises `BadArgument`.
+        """
+        base: HeadContext | None = self.__dict__.get("base")
+        if base is None:
+            raise BadArgument(f"{type(self).__name__} has no projection that could be cut to a draft_vocabulary")
+        rows = Rows(base.projection, ids)
+        other = self.sharing(rows=rows)
+        other.share(replace(base, projection=rows, classes=len(ids)))
+        return other
+
+    def sharing(self, **modules: nn.Module) -> ExitHead:
+        """Return a copy of this head with the same modules, but for those given."""
+        other = copy.copy(self)
+        other.__dict__["_modules"] = {**self._modules, **modules}
+        return other
 
     def own_state(self) -> dict[str, Tensor]:
         """Return the tensors to save, by name: what belongs to the head and not to the backbone."""
@@ -125,6 +147,44 @@ class ExitHead(nn.Module):
         """Read normed features [..., width] with the shared projection: [..., classes]."""
         base: HeadContext = self.__dict__["base"]
         return base.finish(base.projection(features))
+
+
+class Rows(nn.Module):
+    """Some rows of a projection: [..., width] -> [..., len(ids)].
+
+    source: a module with `weight` [classes, width] and maybe `bias`, or with `rows(ids)` that returns such rows; raises
+    `BadArgument` for others. Its weights are copied, now and at `refresh`: a quarter of the rows reads a quarter of the
+    memory, which is what a projection of one state costs.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, source: nn.Module, ids: Tensor) -> None:
+        super().__init__()
+        self.__dict__["source"] = source
+        weight = getattr(source, "weight", None)
+        if not hasattr(source, "rows") and not (isinstance(weight, Tensor) and weight.dim() == 2):
+            raise BadArgument(
+                f"draft_vocabulary takes rows of an unembedding [classes, width], and {type(source).__name__} has "
+                f"none; leave it out"
+            )
+        self.register_buffer("ids", ids, persistent=False)
+        self.register_buffer("weight", None, persistent=False)
+        self.register_buffer("bias", None, persistent=False)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Copy the rows again: the source may have been trained."""
+        source: Any = self.__dict__["source"]
+        with torch.inference_mode(False), torch.no_grad():
+            bias = getattr(source, "bias", None)
+            self.weight = source.rows(self.ids) if hasattr(source, "rows") else source.weight[self.ids]
+            self.bias = None if bias is None else bias[self.ids]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the scores of the classes."""
+        return nn.functional.linear(features, self.weight, self.bias)
 
 
 def gated(exits: Exits, trained: bool = False) -> list[Any]:

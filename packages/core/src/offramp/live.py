@@ -30,9 +30,10 @@ class Live:
     last block; block l of L has rate * (2^(l / (L - 1)) - 1), drawn per sample (arXiv 2404.16710).
     schedule: at each place only the blocks that it gives to that generated token change the state (arXiv 2307.02628).
     Keys and values of places that skip a block stay in it, but only later places look at them, and those skip it too.
-    frozen: only the heads are trained; the model runs once per batch, in eval mode, and what fits into CACHE_BYTES is
-    kept. taps: further depths whose states are wanted, in `Observed.states` with those of all depths. equilibrium: take
-    the part of gradient equilibrium that lies between blocks.
+    frozen: only the heads are trained; the model runs in eval mode, and, unless what they read is trained with them,
+    once per batch, of which what fits into CACHE_BYTES is kept. taps: further depths whose states are wanted, in
+    `Observed.states` with those of all depths. equilibrium: take the part of gradient equilibrium that lies between
+    blocks. deepest: keep the whole state after the last block too.
     """
 
     def __init__(
@@ -46,9 +47,12 @@ class Live:
         frozen: bool = False,
         taps: Sequence[int] = (),
         equilibrium: bool = False,
+        deepest: bool = False,
     ) -> None:
         self.exits, self.data, self.batch_size, self.schedule = exits, data, batch_size, schedule
-        self.frozen, self.taps = frozen, taps
+        self.frozen, self.taps, self.deepest = frozen, taps, deepest
+        #: whether states are the same in every step, and kept
+        self.still = frozen and not exits.live
         #: by which factor gradients of the state after a block go on downwards: n / (n + 1) under n exits
         self.share: dict[int, float] = {}
         if equilibrium:
@@ -69,7 +73,7 @@ class Live:
             raise BadArgument("the data holds no rows; give at least one batch")
 
     def __iter__(self) -> Iterator[Observed]:
-        kept: list[Observed] | None = [] if self.frozen else None
+        kept: list[Observed] | None = [] if self.still else None
         seen, before, size = 0, -1, 0
         while seen > before:  # an iterator that is used up yields nothing the second time
             before = seen
@@ -77,7 +81,7 @@ class Live:
                 one = self.observe(batch)
                 if kept is not None:
                     kept.append(one)
-                    size += sum(h.numel() * h.element_size() for h in (*one.whole, *one.hidden, one.final))
+                    size += sum(h.numel() * h.element_size() for h in one.kept())
                     kept = kept if size <= CACHE_BYTES else None
                 yield one
                 seen += 1
@@ -93,16 +97,16 @@ class Live:
     def observe(self, batch: Any) -> Observed:
         """Run the model on one batch; not frozen, in train mode, with layer dropout and schedule."""
         exits, model, backbone = self.exits, self.exits.model, self.exits.backbone
-        if self.frozen:
+        if self.still:
             with torch.no_grad():
-                return exits.observe(batch)
+                return exits.observe(batch, deepest=self.deepest)
         if self.schedule is not None:
             self.runs = runs(self.schedule, backbone.generated(batch), backbone.depth)
         acts = any(self.rates) or self.schedule is not None or self.share
         undo = backbone.chain().install(self._block) if acts else None
-        model.train()
+        (exits.modules if self.frozen else model).train()
         try:
-            return exits.observe(batch, self.taps)
+            return exits.observe(batch, self.taps, self.deepest)
         finally:
             model.eval()
             if undo is not None:

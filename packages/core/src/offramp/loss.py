@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -105,7 +105,7 @@ class Moment:
     """What else is known in a training step. scale: of the exits' weights, from a `Schedule`; depths: of the exits that
     take part and of the full model; states: [rows, width] by depth, at the exits, the loss's `taps` and the last block,
     where a loss has taps; odds: log-odds [rows, exits] of the gate beside the exits, where a loss trains it with them;
-    step of steps: where the training is.
+    step of steps: where the training is; more: what the loss's own `read` gave it beside predictions.
     """
 
     scale: float = 1.0
@@ -114,6 +114,7 @@ class Moment:
     odds: Tensor | None = None
     step: int = 0
     steps: int = 1
+    more: Any = None
 
 
 class Loss(ABC):
@@ -132,14 +133,26 @@ class Loss(ABC):
     #: whether gradients are rescaled on their way through the model, so that no layer gets more for being under many
     #: exits
     equilibrium: ClassVar[bool] = False
+    #: whether `read` wants the whole state after the last block too
+    deepest: ClassVar[bool] = False
     weighting: str
 
     def read(
         self, exits: Exits, hidden: Sequence[Tensor], final: Tensor, targets: Tensor | None, active: Sequence[int]
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """Return (what the `active` exits say, targets). hidden: what each exit reads, [rows, ...]; final: the full
-        model's logits."""
-        return [exits[exits.at[i]](hidden[i]) for i in active], targets
+    ) -> tuple[list[Tensor], Tensor | None, Any]:
+        """Return (what the `active` exits say, targets, what else the loss's call wants: `Moment.more`).
+
+        hidden: what each exit reads, [rows, ...], and after them, of a `deepest` loss, the whole state after the last
+        block; final: the full model's logits.
+        """
+        return [exits[exits.at[i]](hidden[i]) for i in active], targets, None
+
+    def check(self, exits: Exits) -> None:  # noqa: B027  (most can train any)
+        """Raise `BadArgument` for exits that it cannot train."""
+
+    def opening(self) -> Loss | None:
+        """Return the loss of the first of two stages, which trains the model; None for that of its last layer alone."""
+        return None
 
     def active(self, step: int, steps: int, count: int) -> Sequence[int]:
         """Return which of `count` exits take part in training step `step` of `steps`; all, unless a loss takes turns.

@@ -20,8 +20,10 @@ class Options:
     name, option: value}, a number of tokens, or None to let it adapt; kv: what supplies deeper keys and values when
     not verifying; window: most tokens that wait for them (None: 100 with kv="recompute", any number with "catch_up");
     strict: raise instead of falling back to the full model; rollback: surprise in nats above which an early token is
-    taken back once the deep blocks have seen it (kv="catch_up", one row; arXiv 2310.05424); compile: run blocks
-    compiled by torch."""
+    taken back once the deep blocks have seen it (kv="catch_up", one row; arXiv 2310.05424); draft_vocabulary: tokens
+    that drafts are chosen from with verify=True, as ids, or n for the first n ids, which byte-pair vocabularies give to
+    frequent pieces: the unembedding is most of what a draft costs where the vocabulary is large (arXiv 2502.14856);
+    compile: run blocks compiled by torch."""
 
     verify: bool = False
     draft: Any = None
@@ -29,11 +31,14 @@ class Options:
     window: int | None = None
     strict: bool = False
     rollback: float | None = None
+    draft_vocabulary: int | tuple[int, ...] | None = None
     compile: bool = False
 
     def __post_init__(self) -> None:
         if self.rollback is not None:
             self._check_rollback(self.rollback)
+        if self.draft_vocabulary is not None:
+            object.__setattr__(self, "draft_vocabulary", self._check_vocabulary(self.draft_vocabulary))
         for name in ("verify", "strict", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise BadArgument(f"{name}={getattr(self, name)!r} must be True or False")
@@ -51,6 +56,22 @@ class Options:
             object.__setattr__(self, "window", WINDOW)
         if self.draft is not None:
             draft_from(self.draft)  # an unknown rule or option is refused here
+
+    def _check_vocabulary(self, given: Any) -> int | tuple[int, ...]:
+        ids = given.tolist() if hasattr(given, "tolist") else given
+        some = ids if isinstance(ids, (list, tuple, range)) else [ids]
+        whole = all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in some)
+        if not whole or len(set(some)) != len(some) or not some or ids == 0:
+            raise BadArgument(
+                f"draft_vocabulary={str(given)[:60]} must be a number of tokens above 0, or different token ids: "
+                f"draft_vocabulary=torch.bincount(ids).topk(8192).indices"
+            )
+        if not self.verify:
+            raise BadArgument(
+                "draft_vocabulary leaves tokens out of drafts, which is for verify=True; without it an exit's tokens "
+                "are the answer: leave draft_vocabulary out"
+            )
+        return ids if isinstance(ids, int) else tuple(ids)
 
     def _check_rollback(self, nats: Any) -> None:
         if isinstance(nats, bool) or not isinstance(nats, (int, float)) or not 0 < nats < math.inf:

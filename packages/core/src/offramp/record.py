@@ -25,11 +25,16 @@ STATISTICS = frozenset({"top1", "margin", "entropy", "energy", "label"})
 BESIDE = ("label", "position", "targets", "losses", "logits", "classes")
 
 
+def check_size(batch_size: Any) -> None:
+    """Raise `BadArgument` for what is no number of rows."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise BadArgument(f"batch_size={batch_size!r} must be a positive number of rows, e.g. batch_size=8")
+
+
 def batches(data: Any, batch_size: int) -> Iterator[Any]:
     """Yield batches of the user's data: a tensor or a mapping of tensors is cut into `batch_size` rows, an iterable of
     batches (a DataLoader, a list) is passed on. Raises `BadArgument` for anything else."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise BadArgument(f"batch_size={batch_size!r} must be a positive number of rows, e.g. batch_size=8")
+    check_size(batch_size)
     if isinstance(data, Tensor):
         yield from data.split(batch_size)
     elif isinstance(data, Mapping):
@@ -84,7 +89,8 @@ def record(
 ) -> Trace:
     """Run the full model over `data` and keep what every exit said; nothing exits early here.
 
-    data: a tensor, a mapping or an iterable of batches as the model takes them. Each row is one sample; a language
+    data: a tensor, a mapping or an iterable of batches as the model takes them, or a data set of the model's framework
+    (a plugin says which). Each row is one sample; a language
     model gives one sample per token, and `per_row=1` keeps one random position per sequence, so that samples are
     independent as certificates need. logits: keep the logits too (for method "temperature"). costs: the unit of
     `Trace.costs`: "blocks", or "flops" or "seconds" per row, both measured on the first batch. A cascade is recorded
@@ -101,6 +107,7 @@ def record(
     parts: list[dict[str, Tensor]] = []
     generator = torch.Generator().manual_seed(seed)
     with evaluating(model), paused(model), torch.no_grad():
+        data = exits.backbone.batched(data, batch_size)
         for batch in track(batches(data, batch_size), "record", progress):
             spent = measure(exits, batch, costs) if spent is None else spent
             parts.append(_one(exits, batch, per_row, generator, logits))

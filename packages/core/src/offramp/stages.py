@@ -90,9 +90,9 @@ def plan(schedule: str | None, loss: Loss, steps: int, backbone: bool) -> list[S
     """Return the stages of a training of `steps` steps in all; raises `BadArgument`, `UnknownName`.
 
     schedule: None for one stage, with the model as `backbone` says; "frozen": one without it; "joint": one with it, the
-    last layer trained beside the exits; "two_stage": half of the steps for model and last layer alone, then half for
-    the exits of the frozen model (DeeBERT); "alternate": with the model, the last layer alone in every other step, all
-    together in the others (BERxiT).
+    last layer trained beside the exits; "two_stage": half of the steps for model and last layer alone (DeeBERT) or on
+    what the loss opens with, then half for the exits of the frozen model; "alternate": with the model, the last layer
+    alone in every other step, all together in the others (BERxiT).
     """
     if schedule is None:
         return [Stage(loss, steps, backbone)]
@@ -105,9 +105,9 @@ def plan(schedule: str | None, loss: Loss, steps: int, backbone: bool) -> list[S
     if schedule == "two_stage":
         if steps < 2:
             raise BadArgument(f"steps={steps} leaves a stage without any; give at least 2, e.g. steps=500")
-        return [Stage(LastLayer(), steps // 2, True), Stage(loss, steps - steps // 2, False)]
+        return [Stage(loss.opening() or LastLayer(), steps // 2, True), Stage(loss, steps - steps // 2, False)]
     if loss.last and schedule == "joint":
         return [Stage(loss, steps, True)]
-    if loss.last or loss.gate or loss.beside:
+    if loss.last or loss.frozen or loss.beside:
         raise BadArgument(f'{loss} cannot be trained with schedule={schedule!r}; use "frozen" or "two_stage"')
     return [Stage(WithLast(loss, schedule == "alternate"), steps, True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -76,7 +76,10 @@ CACHES = {
 
 
 def cached(block: nn.Module) -> str | None:
-    """Return which of diffusers' caches has a hook on this block that stands in for it, or None."""
+    """Return which cache, diffusers' or `deep_cache`, has a hook on this block that stands in for it, or None."""
+    if isinstance(hook := getattr(block.__dict__.get("forward"), "__self__", None), BlockHook):
+        if name := getattr(getattr(hook.handler, "__self__", None), "cache", None):
+            return str(name)
     registry = block.__dict__.get("_diffusers_hook")
     return next((CACHES[n] for n in getattr(registry, "hooks", {}) if n in CACHES), None)
 
@@ -120,16 +123,37 @@ def covered(outer: Any, mine: Any) -> bool:
 @contextmanager
 def first_block_cache(model: nn.Module, threshold: float) -> Iterator[None]:
     """Run with diffusers' FirstBlockCache on a model while the context lasts, also on one without `enable_cache`."""
-    from diffusers.hooks import FirstBlockCacheConfig, HookRegistry, apply_first_block_cache
-    from diffusers.hooks.hooks import CacheContext, _set_cache_context
+    from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 
     apply_first_block_cache(model, FirstBlockCacheConfig(threshold=threshold))
+    with _in_context(model, ("fbc_block_hook", "fbc_leader_block_hook")):
+        yield
+
+
+@contextmanager
+def mag_cache(model: nn.Module, threshold: float, ratios: Sequence[float]) -> Iterator[None]:
+    """Run with diffusers' MagCache; ratios: how much the residual of all blocks grows at each of the solver's steps."""
+    from diffusers.hooks import MagCacheConfig, apply_mag_cache
+
+    apply_mag_cache(
+        model, MagCacheConfig(threshold=threshold, num_inference_steps=len(ratios), mag_ratios=list(ratios))
+    )
+    with _in_context(model, ("mag_cache_block_hook", "mag_cache_leader_block_hook")):
+        yield
+
+
+@contextmanager
+def _in_context(model: nn.Module, hooks: Sequence[str]) -> Iterator[None]:
+    """Give new hooks a context, as `cache_context` of models that have one does, and take them off in the end."""
+    from diffusers.hooks import HookRegistry
+    from diffusers.hooks.hooks import CacheContext, _set_cache_context
+
     registry = HookRegistry.check_if_exists_or_initialize(model)
     registry.invalidate_child_registries_cache()  # a list made before these hooks would leave them without a context
     try:
         _set_cache_context(model, CacheContext("sample"))
         yield
     finally:
-        for name in ("fbc_block_hook", "fbc_leader_block_hook"):
+        for name in hooks:
             registry.remove_hook(name, recurse=True)
         registry.invalidate_child_registries_cache()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,68 +14,62 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+import offramp
 from offramp.cli import dump_json, step
 from offramp.clock import origin
-from offramp.enable import enable
+from offramp.policy import FULL
 from offramp_diffusers import digits
-from offramp_diffusers._compat import first_block_cache
 from offramp_diffusers.fit_schedule import fit_schedule
 from offramp_diffusers.policies.time_schedule import TimeSchedule, two_stage
+from offramp_diffusers.policies.uncertainty import Uncertainty
 from offramp_diffusers.tune import errors, tune
+from offramp_diffusers.tune_heads import tune_uncertainty
+from offramp_diffusers.ways import SAME, Trial, Way
 
 #: share of the blocks that the fitted schedule may run
 BUDGET = 0.7
-#: relative changes of the first block's residual up to which FirstBlockCache reuses the rest: the boldest is taken
-#: whose distance is within SAME of the full model's, on noise that is not used again
-THRESHOLDS, SAME = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12), 0.03
+#: share of the blocks that DuoDiff runs above noise level 300: 3 of 13; all of them below
+DUO = 3 / 13
+#: seeds that nothing else is sampled with: of the noise that settings are chosen on, and that the spread is taken over
+CHOICE, OTHERS = 1000, (2000, 2001)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long each part takes. base, any_depth, last: training steps; rows: samples per way; solver: its steps."""
+    """How long each part takes. base, more, measured, heads, judge: training steps; rows: samples per way; choice: rows
+    that settings are chosen on; solver: its steps."""
 
     base: int = 1200
-    any_depth: int = 400
-    last: int = 400
-    rows: int = 400
+    more: int = 800
+    measured: int = 400
+    heads: int = 300
+    rows: int = 2000
+    choice: int = 500
     solver: int = 20
     judge: int = 600
 
 
-QUICK = Plan(20, 10, 10, 40, 4, 20)
-
-
-@dataclass
-class Way:
-    """One way to sample: a model, its schedule or None for all blocks, and a cache threshold or None."""
-
-    name: str
-    model: nn.Module
-    schedule: TimeSchedule | None = None
-    threshold: float | None = None
-
-    @contextmanager
-    def on(self) -> Iterator[None]:
-        """Switch it on; the cache goes on top of the exits."""
-        with ExitStack() as stack:
-            if self.schedule is not None:
-                stack.enter_context(enable(self.model, self.schedule))
-            if self.threshold is not None:
-                stack.enter_context(first_block_cache(self.model, self.threshold))
-            yield
+QUICK = Plan(8, 6, 3, 2, 40, 20, 3, 5)
 
 
 @dataclass
 class Study:
-    """What was trained: the classifier, the untuned model, the ways by name, and the errors of every depth."""
+    """What was trained: the classifier and how often it is right, the ways, the errors of every depth, the features of
+    real images; and what came out: a row per solver and way, images by way, and the full model's distance with other
+    seeds."""
 
     judge: digits.Judge
     judged: float
     ways: list[Way]
     errors: Tensor
-    images: Tensor
+    real: Tensor
     rows: list[dict[str, Any]] = field(default_factory=list)
     grids: dict[str, Tensor] = field(default_factory=dict)
+    again: list[float] = field(default_factory=list)
+
+    def trial(self, rows: int, steps: int, solver: Callable[[], Any]) -> Trial:
+        """Return how ways are judged."""
+        return Trial(self.judge, self.real, rows, steps, solver)
 
 
 def run(folder: Path, quick: bool, console: Console) -> dict[str, Any]:
@@ -85,9 +79,9 @@ def run(folder: Path, quick: bool, console: Console) -> dict[str, Any]:
 
     started, plan = time.perf_counter(), QUICK if quick else Plan()
     study = train(plan, console)
-    with step(console, "choose thresholds for the cache at equal quality"):
-        choose_thresholds(study, plan)
-    with step(console, f"sample with {len(_solvers())} solvers, {len(study.ways)} ways each"):
+    with step(console, "choose the cache's settings at equal quality, and the gate's threshold at equal blocks"):
+        choose(study, plan)
+    with step(console, f"sample with {len(solvers())} solvers, {len(study.ways)} ways each"):
         measure(study, plan)
     body = body_of(study, plan, time.perf_counter() - started)
     write_text(folder / "report.json", dump_json(body))
@@ -95,49 +89,79 @@ def run(folder: Path, quick: bool, console: Console) -> dict[str, Any]:
     return body
 
 
-def train(plan: Plan, console: Console) -> Study:
-    """Train everything that is compared. The tuned models go on from the same untuned one."""
-    from diffusers import DDPMScheduler
-
-    scheduler, show = DDPMScheduler(), console.is_terminal
+def train(plan: Plan, console: Console, alone: bool = False) -> Study:
+    """Train everything that is compared. All tuned models go on from the same untuned one, for as many steps; alone:
+    only the full model and the one with the fitted schedule."""
     images, labels = digits.load()
-    data = {"sample": images, "class_labels": labels}
     with step(console, "train a classifier to judge samples with"):
-        judge, accuracy = digits.train_judge(images, labels, plan.judge, show)
+        judge, accuracy = digits.train_judge(images, labels, plan.judge, console.is_terminal)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = digits.make()
-        depth = len(model.transformer_blocks)  # type: ignore[arg-type]
-        common = {"batch_size": 48, "ema": 0.99, "progress": show}
-        with step(console, f"train a DiT of {depth} blocks on {len(images)} digits"):
-            tune(model, data, scheduler, TimeSchedule((depth,)), steps=plan.base, lr=2e-3, **common)  # type: ignore[arg-type]
-        tuned = copy.deepcopy(model)
-        with step(console, "train every depth a little, so that they can be compared"):
-            tune(tuned, data, scheduler, steps=plan.any_depth, lr=1e-3, seed=1, **common)  # type: ignore[arg-type]
+        trainer = _Trainer({"sample": images, "class_labels": labels}, plan, console)
+        model: Any = digits.make()
+        full = TimeSchedule((len(model.transformer_blocks),))
+        with step(console, f"train a DiT of {full.depths[0]} blocks on {len(images)} digits"):
+            trainer.tune(model, full, plan.base, 0, lr=2e-3)
+        every = trainer.tuned(model, None, plan.measured, 1, "every depth a little, so that they can be compared")
         with step(console, "measure every depth at every noise level, and solve for the schedule"):
-            table = errors(tuned, data, scheduler, progress=show)
-            fitted = fit_schedule(table, BUDGET)
-        fixed, other = two_stage(depth // 2, depth, 400.0), copy.deepcopy(tuned)
-        with step(console, f"tune for the fitted schedule {list(fitted.depths)}"):
-            tune(tuned, data, scheduler, fitted, steps=plan.last, lr=1e-3, seed=2, **common)  # type: ignore[arg-type]
-        with step(console, f"tune for the fixed two-stage schedule {list(fixed.depths)}"):
-            tune(other, data, scheduler, fixed, steps=plan.last, lr=1e-3, seed=2, **common)  # type: ignore[arg-type]
-        longer = copy.deepcopy(model)
-        with step(console, "train the full model as much longer, so that training is not what is compared"):
-            more = plan.any_depth + plan.last
-            tune(longer, data, scheduler, TimeSchedule((depth,)), steps=more, lr=1e-3, seed=3, **common)  # type: ignore[arg-type]
-    ways = [
-        Way("full", longer),
-        Way("early", tuned, fitted),
+            table = errors(every, trainer.data, trainer.scheduler, progress=trainer.show)
+        fitted = fit_schedule(table, BUDGET)
+        early = trainer.tuned(model, fitted, plan.more, 2, f"the fitted schedule {list(fitted.depths)}")
+        longer = trainer.tuned(model, full, plan.more, 2, "the full model, so that training is not what is compared")
+        ways = [Way("full", longer), Way("early", early, fitted)]
+        ways += [] if alone else _others(trainer, model, every, table, ways)
+    with torch.no_grad():
+        return Study(judge, accuracy, ways, table, judge.features(images))
+
+
+def _others(trainer: _Trainer, model: Any, every: Any, table: Tensor, ways: list[Way]) -> list[Way]:
+    """Return what the full model and the fitted schedule, `ways`, are compared with."""
+    full, early = ways
+    depth, plan = len(model.transformer_blocks), trainer.plan
+    fixed = two_stage(round(DUO * depth), depth)
+    deep = fixed.cuts[0] / FULL
+    bold = fit_schedule(table, deep + (1 - deep) * fixed.depths[1] / depth)
+    other = trainer.tuned(model, fixed, plan.more, 2, f"the published two-stage schedule {list(fixed.depths)}")
+    bolder = trainer.tuned(model, bold, plan.more, 2, f"the fitted schedule of as many blocks {list(bold.depths)}")
+    gated = trainer.tuned(every, None, plan.more - plan.measured, 3, "every depth, for the gate")
+    offramp.attach(gated, at=list(range(1, depth)), head="uncertainty")
+    with step(trainer.console, "train the gate: estimates of every exit's error"):
+        common: dict[str, Any] = {"steps": plan.heads, "lr": 1e-2, "progress": trainer.show}
+        tune_uncertainty(gated, trainer.data, trainer.scheduler, **common)
+    return [
         Way("two_stage", other, fixed),
-        Way("early, untuned", longer, fitted),
-        Way("first_block_cache", longer, None, THRESHOLDS[0]),
-        Way("early + first_block_cache", tuned, fitted, THRESHOLDS[0]),
+        Way("early, as few blocks as two_stage", bolder, bold),
+        Way("early, untuned", full.model, early.policy),
+        Way("uncertainty", gated, Uncertainty(0.5)),
+        Way("first_block_cache", full.model, None, "first_block_cache"),
+        Way("early + first_block_cache", early.model, early.policy, "first_block_cache"),
     ]
-    return Study(judge, accuracy, ways, table, images)
 
 
-def _solvers() -> dict[str, Callable[[], Any]]:
+class _Trainer:
+    """What all trainings share: data, the noise that is added, and the terminal."""
+
+    def __init__(self, data: dict[str, Tensor], plan: Plan, console: Console) -> None:
+        from diffusers import DDPMScheduler
+
+        self.data, self.scheduler, self.plan = data, DDPMScheduler(), plan
+        self.console, self.show = console, console.is_terminal
+
+    def tune(self, model: nn.Module, schedule: TimeSchedule | None, steps: int, seed: int, lr: float) -> None:
+        """Train the model itself."""
+        common: dict[str, Any] = {"batch_size": 48, "ema": 0.99, "progress": self.show}
+        tune(model, self.data, self.scheduler, schedule, steps=steps, lr=lr, seed=seed, **common)
+
+    def tuned(self, model: nn.Module, schedule: TimeSchedule | None, steps: int, seed: int, what: str) -> nn.Module:
+        """Return a copy that was trained for as many steps."""
+        copied = copy.deepcopy(model)
+        with step(self.console, f"tune for {what}"):
+            self.tune(copied, schedule, steps, seed, lr=1e-3)
+        return copied
+
+
+def solvers() -> dict[str, Callable[[], Any]]:
+    """Return the solvers that the demo samples with."""
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
     return {
@@ -147,66 +171,46 @@ def _solvers() -> dict[str, Callable[[], Any]]:
     }
 
 
+def choose(study: Study, plan: Plan) -> None:
+    """Give each cache the boldest setting that is as good as the full model, and the gate the threshold that runs as
+    many blocks as the schedule, on noise that is not used again."""
+    trial = study.trial(plan.choice, plan.solver, next(iter(solvers().values())))
+    full, early = (trial.run(way, CHOICE) for way in study.ways[:2])
+    for i, way in enumerate(study.ways):
+        if way.cache is not None:
+            study.ways[i] = trial.fitted(way, full.frechet * (1 + SAME), CHOICE)
+        if way.name == "uncertainty":
+            small = replace(trial, rows=min(plan.choice, digits.BATCH))
+            study.ways[i] = _as_bold(small, way, early.saved)
+
+
+def _as_bold(trial: Trial, way: Way, saved: float) -> Way:
+    """Return the way with the threshold that saves as many blocks, by halving."""
+    low, high = 0.0, 1.0
+    for _ in range(8):
+        middle = (low + high) / 2
+        found = trial.run(replace(way, policy=Uncertainty(middle)), CHOICE).saved
+        low, high = (low, middle) if found > saved else (middle, high)
+    return replace(way, policy=Uncertainty(high))
+
+
 def measure(study: Study, plan: Plan) -> None:
-    """Sample every way with every solver, each solver from noise of its own, the ways of one solver from the same."""
-    for seed, (name, solver) in enumerate(_solvers().items()):
+    """Sample every way with every solver, each solver from noise of its own, the ways of one solver from the same; then
+    the full model again with other seeds, to see what chance does."""
+    for seed, (name, solver) in enumerate(solvers().items()):
+        trial = study.trial(plan.rows, plan.solver, solver)
         for way in study.ways:
-            counter = Blocks(way.model)
-            with way.on(), counter:
-                images, wanted, seconds = digits.sample(way.model, solver(), plan.solver, plan.rows, seed)
-            distance, accuracy = digits.quality(study.judge, images, wanted, study.images)
+            found = trial.run(way, seed)
             study.rows.append(
                 {
-                    "solver": name, "seed": seed, "name": way.name, "seconds": seconds, "frechet": distance,
-                    "accuracy": accuracy, "saved": 1 - counter.ran / counter.full,
+                    "solver": name, "seed": seed, "name": way.name, "seconds": found.seconds, "frechet": found.frechet,
+                    "accuracy": found.accuracy, "saved": found.saved,
                 }
             )  # fmt: skip
             if seed == 0:
-                study.grids[way.name] = images[:30]
-
-
-def choose_thresholds(study: Study, plan: Plan) -> None:
-    """Give each way with a cache the boldest threshold at which it is as good as the full model; the mildest where none
-    is."""
-    made, seed = next(iter(_solvers().values())), 1000
-
-    def distance(way: Way) -> float:
-        with way.on():
-            images, wanted, _ = digits.sample(way.model, made(), plan.solver, plan.rows, seed)
-        return digits.quality(study.judge, images, wanted, study.images)[0]
-
-    most = distance(study.ways[0]) * (1 + SAME)
-    for way in study.ways:
-        if way.threshold is None:
-            continue
-        for threshold in THRESHOLDS:
-            tried = Way(way.name, way.model, way.schedule, threshold)
-            if distance(tried) > most:
-                break
-            way.threshold = threshold
-
-
-class Blocks(AbstractContextManager[Any]):
-    """Counts the blocks that really ran, by their feed-forward, whatever skipped the others."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.ran, self.full = model, 0, 0
-
-    def __enter__(self) -> Blocks:
-        blocks: Any = self.model.transformer_blocks
-        self.handles = [block.ff.register_forward_pre_hook(self._block) for block in blocks]
-        self.handles.append(self.model.register_forward_pre_hook(self._call))
-        return self
-
-    def _block(self, *_: Any) -> None:
-        self.ran += 1
-
-    def _call(self, *_: Any) -> None:
-        self.full += len(self.handles) - 1
-
-    def __exit__(self, *_: Any) -> None:
-        for handle in self.handles:
-            handle.remove()
+                study.grids[way.name] = found.images[:30]
+    trial = study.trial(plan.rows, plan.solver, next(iter(solvers().values())))
+    study.again = [trial.run(study.ways[0], seed).frechet for seed in OTHERS]
 
 
 def body_of(study: Study, plan: Plan, seconds: float) -> dict[str, Any]:
@@ -216,8 +220,12 @@ def body_of(study: Study, plan: Plan, seconds: float) -> dict[str, Any]:
     for row in rows:
         row["speedup"] = full["seconds"] / row["seconds"]
         row["against_full"] = row["frechet"] / full["frechet"] - 1
+        pairs = zip(row["frechet_by_seed"], full["frechet_by_seed"], strict=True)
+        row["against_full_by_seed"] = [mine / its - 1 for mine, its in pairs]
+    again = [study.rows[0]["frechet"], *study.again]
+    plans = {way.name: way.policy for way in study.ways if isinstance(way.policy, TimeSchedule)}
     return {
-        "format": 1,
+        "format": 2,
         "title": "offramp demo diffusion",
         **origin("offramp demo diffusion" + (" --quick" if plan == QUICK else ""), "diffusers"),
         "model": f"DiT, {study.errors.shape[1]} blocks, trained here on scikit-learn's digits",
@@ -225,9 +233,11 @@ def body_of(study: Study, plan: Plan, seconds: float) -> dict[str, Any]:
         "samples": plan.rows,
         "solver_steps": plan.solver,
         "judge_accuracy": study.judged,
-        "thresholds": {way.name: way.threshold for way in study.ways if way.threshold is not None},
-        "schedules": {way.name: list(way.schedule.depths) for way in study.ways if way.schedule},
-        "cuts": {way.name: list(way.schedule.cuts) for way in study.ways if way.schedule},
+        "settings": {way.name: way.setting for way in study.ways if way.cache is not None},
+        "thresholds": {w.name: w.policy.threshold for w in study.ways if isinstance(w.policy, Uncertainty)},
+        "schedules": {name: list(found.depths) for name, found in plans.items()},
+        "cuts": {name: list(found.cuts) for name, found in plans.items()},
+        "spread": {"frechet": again, "relative": statistics.stdev(again) / statistics.mean(again)},
         "errors": study.errors.tolist(),
         "ways": rows,
         "runs": study.rows,

@@ -13,17 +13,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from offramp.blocks import BlockHook, Call
+from offramp.blocks import BlockHook, BlockSpec, Call, Chain
 from offramp.engine import decide, look
 from offramp.errors import BadArgument
 from offramp.kernels.compact import compact
 from offramp.policy import Evidence, SchedulePolicy, State
 from offramp_diffusers import _compat
+from offramp_diffusers.facts import cut
+from offramp_diffusers.head import through
 
 if TYPE_CHECKING:
     from offramp.backbone import Undo
     from offramp.enable import Run
     from offramp_diffusers.backbones.transformer import TransformerBackbone
+
+
+#: heads that hand the state on as it is
+AS_IT_IS = ("passthrough", "uncertainty")
 
 
 class Denoise:
@@ -39,7 +45,12 @@ class Denoise:
         self.chain, self.streams, self.depth = backbone.chain(), backbone.streams, backbone.depth
         self.schedule = run.policy if isinstance(run.policy, SchedulePolicy) else None
         self.index = {} if self.schedule else {depth: i for i, depth in enumerate(run.exits.at)}
-        self.heads = run.exits.head in ("bottleneck", "upsample")
+        #: depths whose exits say anything else than the model's own output layers would
+        self.acting = [depth for depth in run.exits.at if getattr(run.exits[depth], "acts", False)]
+        heads: list[Any] = [run.exits[depth] for depth in self.acting]
+        own = {name for head in heads for name in head.layers}
+        #: output layers that exits have copies of
+        self.output = {n: m for n, m in run.model.named_children() if n in own}
         #: whether the policy asks heads how wrong the answer from here would be
         self.estimates = "uncertainty" in run.policy.statistics()
         self.forget()
@@ -48,8 +59,11 @@ class Denoise:
         """Drop everything that belongs to one call."""
         self.active = False
         self.batch = self.ran = 0
-        #: depth of the whole batch, where it is one and known before; of every row, where they differ or are found
+        #: depth of the whole batch, where it is one and known; where blocks run again after it (a U-Net's way up); and
+        #: height and width of the image; depth of every row, where they differ or are found
         self.stop: int | None = None
+        self.resume = self.depth
+        self.size: tuple[int, int] | None = None
         self.depths = torch.empty(0, dtype=torch.long)
         #: noise levels [rows or 1] of a call, on the host; from `start` on [rows], where the batch is
         self.levels = torch.empty(0)
@@ -65,7 +79,9 @@ class Denoise:
         """Hook blocks, the model's call and its reader; returns the exact undo."""
         model = self.run.model
         self.removes: list[Undo] = [self.chain.install(self.block)]
-        self.mine: list[BlockHook] = list(self.chain.hooks)
+        last = Chain(list(self.output.values()), BlockSpec())
+        self.removes.append(last.install(self.answer))
+        self.mine: list[BlockHook] = [*last.hooks, *self.chain.hooks]
         handles = [
             model.register_forward_pre_hook(self.begin, with_kwargs=True),
             model.register_forward_hook(self.end, always_call=True),
@@ -78,7 +94,7 @@ class Denoise:
         """Remove every hook, last one first; hooks that others put on top of ours stay."""
         tops: list[tuple[nn.Module, Any]] = []
         for hook in self.mine:
-            now = hook.module.__dict__.get("forward")
+            now = hook.module.__dict__.get(hook.place)
             if now != hook.forward and _compat.take_out(hook.module, hook.forward, hook.original):
                 tops.append((hook.module, now))
         while self.removes:
@@ -93,25 +109,42 @@ class Denoise:
         if self.run.paused:
             return
         self._check_hooks()
-        self.active = True
+        self.active, self.size = True, self.backbone.size(module, args, kwargs)
         if self.schedule is not None or self.estimates:
             self.levels = self.backbone.noise(args, kwargs)
         if self.schedule is not None:
             depths = [self.schedule.windows(level, self.depth)[0][1] for level in self.levels.tolist()]
             if len(set(depths)) == 1:
-                self.stop = depths[0]
+                self.halt(depths[0])
             else:
                 self.depths = torch.tensor(depths)
 
+    def halt(self, depth: int) -> None:
+        """Let the whole batch stop at a depth."""
+        self.stop, self.resume = depth, self.backbone.resume(depth)
+
     def _check_hooks(self) -> None:
-        """Raise where another library took our hooks off the blocks: the full model would run, and nobody would know.
+        """Raise where another library took our hooks off the blocks, so that the full model would run and nobody would
+        know, and where heads would not get the states of a cache that is on top: it reuses what came of another depth.
         """
+        maps = bool(self.run.exits.at) and self.run.exits.head not in AS_IT_IS
+        if maps and (cache := _compat.cached(self.chain.blocks[0])) is not None:
+            raise BadArgument(
+                f"{cache} is on top of exits with heads {self.run.exits.head!r}: what it adds at a step that it skips "
+                f"was kept at another, maybe of another depth, and these heads are trained for one depth each. Take "
+                f"one of the two off; caches work with exits without maps of their own (head='passthrough', or none)"
+            )
         for hook in self.mine[:1] + self.mine[-1:]:
-            now = hook.module.__dict__.get("forward")
+            now = hook.module.__dict__.get(hook.place)
             if now is None or (now != hook.forward and not _compat.covered(now, hook.forward)):
                 raise BadArgument(
                     "another library took offramp's hooks off the blocks of this model after offramp.enable; enable "
                     "once more: run.disable(); offramp.enable(...)"
+                )
+            if hook.place != "forward" and (cache := _compat.cached(hook.module)) is not None:
+                raise BadArgument(
+                    f"{cache} is inside blocks that were compiled in place, and exits around it keep it from seeing "
+                    f"its last block; leave one out, or compile with blocks[i] = torch.compile(block) instead"
                 )
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -134,15 +167,10 @@ class Denoise:
         stream = self.streams[index]
         if not self.batch:  # not always block 0: skip-layer guidance may leave that one out
             self.start(stream.read(call))
-        if self.stop is not None:
-            if index < self.stop:
-                self.ran += self.batch
-                return call.run()
-            if self.kept is None:
-                self.kept = stream.read(call)
-            return stream.skip(call)
         if index in self.leaving:
-            self.leave(self.leaving.pop(index), stream.read(call))
+            self.leave(self.leaving.pop(index), stream.read(call), index)
+        if self.stop is not None:
+            return self.halted(index, call)
         rows = self.rows
         if rows is not None and not rows.numel():
             return stream.skip(call)
@@ -151,6 +179,20 @@ class Denoise:
         if index + 1 in self.index:
             self.exit(index + 1, stream.facts.state_of(output))
         return output
+
+    def halted(self, index: int, call: Call) -> Any:
+        """Run or skip one block of a call whose whole batch stops at one depth."""
+        stream = self.streams[index]
+        if index < int(self.stop or 0) or index >= self.resume:
+            self.ran += self.batch
+            if self.kept is None or index < self.resume:
+                return call.run()
+            kept, self.kept = self.kept, None
+            size = self.backbone.size(self.chain.blocks[index], call.args, call.kwargs)
+            return stream.run(call, through(self.run.exits[int(self.stop or 0)], kept, size))
+        if self.kept is None:
+            self.kept = stream.read(call)
+        return stream.skip(call)
 
     def start(self, hidden: Tensor) -> None:
         """Begin a batch: every row is in; rows whose depth is known leave before the block after it."""
@@ -174,18 +216,18 @@ class Denoise:
     def _mismatch(self, count: int) -> BadArgument:
         return BadArgument(f"this call has {count} noise levels for a batch of {self.batch}; give one, or one per row")
 
-    def leave(self, rows: Tensor, hidden: Tensor) -> None:
+    def leave(self, rows: Tensor, hidden: Tensor, depth: int) -> None:
         """Keep the state of rows that are done for the output layers."""
-        if rows.numel() != self.batch and self.backbone.uniform:
+        if rows.numel() == self.batch:  # all at once: no copy
+            self.kept = hidden
+            return self.halt(depth)
+        if self.backbone.image:
             raise BadArgument(
                 f"rows of this call would leave at different blocks, and in {type(self.run.model).__name__} states of "
                 f"different blocks have different sizes; use a policy that treats all rows alike: time_schedule, fixed"
             )
-        if rows.numel() == self.batch:
-            self.kept = hidden  # all at once: no copy
-        else:
-            self.kept = torch.zeros_like(hidden) if self.kept is None or self.kept.shape != hidden.shape else self.kept
-            self.kept = self.kept.index_copy(0, rows, hidden.index_select(0, rows))
+        self.kept = torch.zeros_like(hidden) if self.kept is None or self.kept.shape != hidden.shape else self.kept
+        self.kept = self.kept.index_copy(0, rows, hidden.index_select(0, rows))
         on, count = torch.ones(self.batch, dtype=torch.bool, device=hidden.device), self.batch
         if self.rows is not None:
             on, count = torch.zeros_like(on).index_fill(0, self.rows, True), self.rows.numel()
@@ -226,21 +268,37 @@ class Denoise:
             return None
         given: Tensor = args[0]
         state = self.kept.to(given.dtype)
-        if self.heads:
-            state = self._through_heads(state)
+        for depth, mine in self.groups(state.device).items():
+            if depth in self.acting:
+                head, part = self.run.exits[depth], state if mine is None else state.index_select(0, mine)
+                part = through(head, part, self.size)
+                state = part if mine is None else state.index_copy(0, mine, part)
         if self.rows is not None and self.rows.numel():
             state = state.index_copy(0, self.rows, given.index_select(0, self.rows))
         return (state, *args[1:]), kwargs
 
-    def _through_heads(self, state: Tensor) -> Tensor:
-        """Send each row through the head of the exit it left at."""
-        if self.stop is not None:
-            return state if self.stop == self.depth else self.run.exits[self.stop](state)
-        depths = self.depths.unique().tolist()
+    def groups(self, device: torch.device) -> dict[int, Tensor | None]:
+        """Return the rows of a batch, on a device, by the depth they left at; None for all of them."""
+        depths = [self.stop] if self.stop is not None else self.depths.unique().tolist()
         if len(depths) == 1:
-            return self.run.exits[depths[0]](state)  # type: ignore[no-any-return]
-        for depth in depths:
-            if depth in self.run.exits.at:
-                rows = (self.depths == depth).nonzero().squeeze(-1).to(state.device)
-                state = state.index_copy(0, rows, self.run.exits[depth](state.index_select(0, rows)))
-        return state
+            return {int(depths[0]): None}
+        return {d: (self.depths == d).nonzero().squeeze(-1).to(device) for d in depths}
+
+    def answer(self, index: int, call: Call) -> Any:
+        """Run one output layer: each row's is that of the exit it left at."""
+        name, exits = list(self.output)[index], self.run.exits
+        groups = self.groups(call.args[0].device) if self.active and self.batch else {}
+        heads: dict[int, Any] = {depth: exits[depth] for depth in groups if depth in self.acting}
+        layers = {depth: head.layers[name] for depth, head in heads.items()}
+        if not layers:
+            return call.run()
+        answer: Tensor | None = None
+        for depth, rows in groups.items():
+            layer = layers.get(depth, call.original)
+            if rows is None:
+                return layer(*call.args, **call.kwargs)
+            given = cut(call.args, rows, self.batch), cut(call.kwargs, rows, self.batch)
+            part = layer(*given[0], **given[1])
+            answer = part.new_zeros(self.batch, *part.shape[1:]) if answer is None else answer
+            answer = answer.index_copy(0, rows, part.expand(len(rows), *part.shape[1:]))
+        return answer

@@ -53,7 +53,8 @@ class ModelFacts:
     """How a denoiser is built. lists: its chains of blocks, in the order they run; reader: the module that reads the
     state after the last block; time: the argument that holds the noise level, None where there is none; full: its value
     at pure noise; scaled_by: a number in the config that it comes multiplied with; rising: whether it rises towards the
-    data instead; long_skips: whether deep blocks also read states of shallow ones.
+    data instead; long_skips: whether deep blocks also read states of shallow ones; output: the modules with weights
+    that run after the blocks, which exits may have copies of.
     """
 
     lists: tuple[str, ...]
@@ -63,6 +64,7 @@ class ModelFacts:
     scaled_by: str | None = None
     rising: bool = False
     long_skips: bool = False
+    output: tuple[str, ...] = ("norm_out", "proj_out")
 
 
 _TWO = ("transformer_blocks", "single_transformer_blocks")
@@ -70,7 +72,7 @@ _ONE = ("transformer_blocks",)
 _UNET = ("down_blocks", "mid_block", "up_blocks")
 #: by class name, so that no model has to be imported to look one up; noise levels as diffusers' pipelines pass them
 MODELS: dict[str, ModelFacts] = {
-    "DiTTransformer2DModel": ModelFacts(_ONE),
+    "DiTTransformer2DModel": ModelFacts(_ONE, output=("norm_out", "proj_out_1", "proj_out_2")),
     "PixArtTransformer2DModel": ModelFacts(_ONE),
     "SD3Transformer2DModel": ModelFacts(_ONE),
     "SanaTransformer2DModel": ModelFacts(_ONE, scaled_by="timestep_scale"),
@@ -79,13 +81,18 @@ MODELS: dict[str, ModelFacts] = {
     "QwenImageTransformer2DModel": ModelFacts(_ONE, full=1.0),
     "HunyuanDiT2DModel": ModelFacts(("blocks",), long_skips=True),
     "HunyuanVideoTransformer3DModel": ModelFacts(_TWO),
-    "CogVideoXTransformer3DModel": ModelFacts(_ONE, reader="norm_final"),
+    "CogVideoXTransformer3DModel": ModelFacts(
+        _ONE, reader="norm_final", output=("norm_final", "norm_out", "proj_out")
+    ),
     "LTXVideoTransformer3DModel": ModelFacts(_ONE),
-    "Lumina2Transformer2DModel": ModelFacts(("layers",), full=1.0, rising=True),
+    "Lumina2Transformer2DModel": ModelFacts(("layers",), full=1.0, rising=True, output=("norm_out",)),
     "AuraFlowTransformer2DModel": ModelFacts(("joint_transformer_blocks", "single_transformer_blocks"), full=1.0),
-    "UNet2DModel": ModelFacts(_UNET, reader="conv_norm_out", long_skips=True),
-    "UNet2DConditionModel": ModelFacts(_UNET, reader="conv_norm_out", long_skips=True),
-    "UVit2DModel": ModelFacts(("transformer_layers",), reader="project_from_hidden_norm", time=None),
+    "UNet2DModel": ModelFacts(_UNET, reader="conv_norm_out", long_skips=True, output=()),
+    "UNet2DConditionModel": ModelFacts(_UNET, reader="conv_norm_out", long_skips=True, output=()),
+    "UVit2DModel": ModelFacts(
+        ("transformer_layers",), reader="project_from_hidden_norm", time=None,
+        output=("project_from_hidden_norm", "project_from_hidden"),
+    ),  # fmt: skip
 }
 #: block classes that diffusers' own table lacks
 BLOCKS: dict[str, BlockFacts] = {
@@ -234,8 +241,8 @@ class Stream:
         state, text = self.read(call), self.text(call)
         size = state.shape[0]
         names = self.names
-        args = [a if names[i] in self.facts.unbatched else _cut(a, rows, size) for i, a in enumerate(call.args)]
-        kwargs = {k: a if k in self.facts.unbatched else _cut(a, rows, size) for k, a in call.kwargs.items()}
+        args = [a if names[i] in self.facts.unbatched else cut(a, rows, size) for i, a in enumerate(call.args)]
+        kwargs = {k: a if k in self.facts.unbatched else cut(a, rows, size) for k, a in call.kwargs.items()}
         output = call.original(*args, **kwargs)
         after = state.index_copy(0, rows, self.facts.state_of(output).to(state.dtype))
         if self.facts.text is not None and text is not None and output[self.facts.text] is not None:
@@ -243,12 +250,15 @@ class Stream:
         return self.facts.pack(after, text)
 
 
-def _cut(value: Any, rows: Tensor, size: int) -> Any:
-    """Return some rows of every tensor whose dimension 0 is the batch; of size 1 it is broadcast, nothing to cut."""
+def cut(value: Any, rows: Tensor, size: int) -> Any:
+    """Return some rows of every tensor whose dimension 0 is the batch; of size 1 it is broadcast, nothing to cut, and a
+    parameter has no rows, whatever its size."""
+    if isinstance(value, nn.Parameter):
+        return value
     if isinstance(value, Tensor):
         return value.index_select(0, rows) if value.dim() and value.shape[0] == size > 1 else value
     if isinstance(value, dict):
-        return {k: _cut(v, rows, size) for k, v in value.items()}
+        return {k: cut(v, rows, size) for k, v in value.items()}
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-        return type(value)(_cut(v, rows, size) for v in value)
+        return type(value)(cut(v, rows, size) for v in value)
     return value

@@ -43,7 +43,12 @@ def offramp_adapt(model: nn.Module) -> Backbone | None:
 
 @hookimpl
 def offramp_part(whole: object) -> nn.Module | None:
-    """Return the denoiser of a pipeline; raises `UnsupportedModel` where there is none, or two that take turns."""
+    """Return the denoiser of a pipeline, or inside `torch.compile(denoiser)`; raises `UnsupportedModel` where there is
+    none, or two that take turns.
+    """
+    inner = getattr(whole, "_orig_mod", None)
+    if isinstance(inner, nn.Module) and any(c.__module__.startswith("diffusers.models.") for c in type(inner).__mro__):
+        return inner
     if not any(c.__module__.startswith("diffusers.pipelines.") for c in type(whole).__mro__):
         return None
     kind = type(whole).__name__
@@ -55,7 +60,7 @@ def offramp_part(whole: object) -> nn.Module | None:
     found = next((m for n in PARTS if isinstance(m := getattr(whole, n, None), nn.Module)), None)
     if found is None:
         raise UnsupportedModel(f"{kind} has no denoiser under {', '.join(PARTS)}; give the model itself")
-    return found
+    return getattr(found, "_orig_mod", found)
 
 
 @hookimpl

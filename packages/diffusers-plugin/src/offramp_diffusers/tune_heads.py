@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offramp._plugins import part
 from offramp._registry import create
 from offramp.attach import Exits, find
-from offramp.enable import enable
+from offramp.enable import build_policy
 from offramp.errors import BadArgument
 from offramp.loss import Loss
-from offramp.policy import FULL
-from offramp.record import evaluating, track
-from offramp_diffusers.tune import TuneReport, check_data, noised, objective_of, one_loss, predict
+from offramp.policy import FULL, ExitPolicy
+from offramp_diffusers.noising import predict
+from offramp_diffusers.training import How, Task, TuneReport, start, train, training
+from offramp_diffusers.tune import check_data, objective_of
 
 
 def tune_heads(
@@ -29,25 +30,30 @@ def tune_heads(
     steps: int = 500,
     lr: float = 1e-3,
     batch_size: int = 64,
+    ema: float = 0.0,
     seed: int = 0,
     progress: bool = True,
+    folder: str | Path | None = None,
+    every: int = 100,
+    resume: bool = False,
 ) -> TuneReport:
     """Train only the attached heads, each in turn, to answer from its depth; the denoiser stays as it is.
 
-    data, scheduler: as for `tune`. Raises `NotAttached`, `BadArgument`.
+    data, scheduler, folder, every, resume: as for `tune`. Raises `NotAttached`, `BadArgument`, `DamagedFile`.
     """
     model = part(model)
     exits = find(model)
     weights = list(exits.modules.parameters())
     if not weights:
         raise BadArgument(f"heads {exits.head!r} have no weights; tune the model itself: offramp_diffusers.tune.tune")
-    check_data(model, data, steps)
+    check_data(model, data, scheduler)
+    how = How(steps, lr, batch_size, ema, seed, progress, folder, every, resume)
     objective = create(Loss, "ase")
 
-    def value(depth: int, generator: torch.Generator) -> Tensor:
-        return one_loss(model, data, scheduler, objective, (0.0, FULL), batch_size, generator)
+    def value(given: dict[str, Any], wanted: Tensor, levels: Tensor, policy: Any) -> Tensor:
+        return objective.at(predict(model, given, wanted), wanted, levels)  # type: ignore[no-any-return]
 
-    return _train(model, exits, weights, value, "train heads", steps, lr, seed, progress)
+    return _train(exits, data, scheduler, weights, value, "train heads", how, objective)
 
 
 def tune_uncertainty(
@@ -60,15 +66,19 @@ def tune_uncertainty(
     lr: float = 1e-3,
     batch_size: int = 64,
     backbone: bool = False,
+    ema: float = 0.0,
     seed: int = 0,
     progress: bool = True,
+    folder: str | Path | None = None,
+    every: int = 100,
+    resume: bool = False,
     **options: Any,
 ) -> TuneReport:
-    """Train attached heads "uncertainty" to estimate the error of their exit, each in turn; with `backbone` the model
-    too, to be less wrong where it is trusted.
+    """Train attached heads "uncertainty" to estimate the error of their exit, each in turn; output layers of their own,
+    and with `backbone` the model too, to be less wrong where they are trusted.
 
-    data, scheduler: as for `tune`; options: the loss's. Raises `NotAttached`, `BadArgument`. Paper: DeeDiff
-    (arXiv 2309.17074).
+    data, scheduler, folder, every, resume: as for `tune`; options: the loss's. Raises `NotAttached`, `BadArgument`,
+    `DamagedFile`. Paper: DeeDiff (arXiv 2309.17074).
     """
     model = part(model)
     exits = find(model)
@@ -76,53 +86,44 @@ def tune_uncertainty(
         raise BadArgument(
             f"heads {exits.head!r} estimate no error; attach: offramp.attach(model, at=[...], head=\"uncertainty\")"
         )
-    check_data(model, data, steps)
+    check_data(model, data, scheduler)
+    how = How(steps, lr, batch_size, ema, seed, progress, folder, every, resume)
     objective = objective_of(loss, options, "estimated_at", "estimate", "uncertainty_layerwise")
-    if not backbone:  # the second part is about the model, and must not teach the estimate to distrust everything
+    heads: list[Any] = [exits[depth] for depth in exits.at]
+    if not backbone and not heads[0].layers:
+        # the second part is about what answers, and must not only teach the estimate to distrust everything
         objective = dataclasses.replace(objective, trusted=0.0)
     weights = [*exits.modules.parameters()] if not backbone else [*model.parameters()]
 
-    def value(depth: int, generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(data["sample"]), (batch_size,), generator=generator)
-        given, wanted, levels = noised(data, rows, scheduler, (0.0, FULL), generator, model)
-        with exits.backbone.chain().capture([depth]) as kept:
+    def value(given: dict[str, Any], wanted: Tensor, levels: Tensor, policy: Any) -> Tensor:
+        with exits.backbone.chain().capture([policy.depth]) as kept:
             said = predict(model, given, wanted)
-        head: Any = exits[depth]
-        return objective.estimated_at(said, wanted, head.uncertainty(kept[depth], levels))  # type: ignore[no-any-return]
+        head: Any = exits[policy.depth]
+        estimate = head.uncertainty(kept[policy.depth], levels)
+        return objective.estimated_at(said, wanted, estimate)  # type: ignore[no-any-return]
 
-    return _train(model, exits, weights, value, "tune", steps, lr, seed, progress)
+    return _train(exits, data, scheduler, weights, value, "tune", how, objective)
 
 
 def _train(
-    model: Any,
     exits: Exits,
-    weights: list[torch.nn.Parameter],
-    value: Callable[[int, torch.Generator], Tensor],
+    data: Mapping[str, Tensor],
+    scheduler: Any,
+    weights: list[nn.Parameter],
+    value: Callable[[dict[str, Any], Tensor, Tensor, Any], Tensor],
     what: str,
-    steps: int,
-    lr: float,
-    seed: int,
-    progress: bool,
+    how: How,
+    objective: Any,
 ) -> TuneReport:
-    """Lower `value(depth, generator)` of each exit in turn by training `weights`; all others stay as they are."""
-    report = TuneReport(parameters=sum(p.numel() for p in weights))
-    optimiser, generator = torch.optim.AdamW(weights, lr=lr), torch.Generator().manual_seed(seed)
-    grads, started = {p: p.requires_grad for p in model.parameters()}, time.perf_counter()
-    try:
-        model.requires_grad_(False)
+    """Lower `value` of each exit in turn, over all noise levels, by training `weights`; all others stay as they are."""
+    accelerator = start(how)
+
+    def draw(step: int, generator: torch.Generator) -> tuple[ExitPolicy, tuple[float, float]]:
+        return build_policy("fixed", depth=exits.at[step % len(exits.at)]), (0.0, FULL)
+
+    task, settings = Task(exits.model, data, scheduler, draw, value), {"loss": repr(objective), "exits": repr(exits)}
+    with training(exits.model):
+        exits.model.requires_grad_(False)
         for weight in weights:
             weight.requires_grad_(True)
-        with evaluating(model):
-            for step in track(range(steps), what, progress, steps):
-                depth = exits.at[step % len(exits.at)]
-                with enable(model, "fixed", depth=depth):
-                    loss = value(depth, generator)
-                    optimiser.zero_grad(set_to_none=True)
-                    loss.backward()
-                optimiser.step()
-                report.losses.append(float(loss.detach()))
-    finally:
-        for p, flag in grads.items():
-            p.requires_grad_(flag)
-    report.seconds = time.perf_counter() - started
-    return report
+        return train(task, weights, what, how, accelerator, settings)

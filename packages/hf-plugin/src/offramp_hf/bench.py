@@ -15,12 +15,13 @@ import offramp
 from offramp import clock
 from offramp.checkpoint import read_bytes
 from offramp.cli import as_dict
+from offramp.clock import one_thread, timed_with_bar
 from offramp.errors import BadArgument
 from offramp_hf import bench_memory, measure
 from offramp_hf.bench_tables import details
 from offramp_hf.bench_tide import installed, tide
 from offramp_hf.clock import block_share, realised
-from offramp_hf.demo import EXTRA, FULL, QUICK, SWEEP, best_layer, make_ways, one_thread, step, table, timed_with_bar
+from offramp_hf.demo import EXTRA, FULL, QUICK, SWEEP, best_layer, make_ways, step, table
 from offramp_hf.measure import Generate
 from offramp_hf.prepare import Settings, Text, calibrated, find_testbed, fitted, heldout, ids_of, load
 from offramp_hf.prompts import LINES, batches, read_prompts

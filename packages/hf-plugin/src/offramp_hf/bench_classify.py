@@ -11,31 +11,26 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 import offramp
+from offramp import bench_policies
 from offramp._registry import lookup
+from offramp.bench_policies import calibrations, policy_row
 from offramp.cli import as_dict
-from offramp.clock import Clocked, Early, quartiles
 from offramp.errors import BadArgument
-from offramp.policy import SchedulePolicy
 from offramp.report import FORMAT
 from offramp.report.curves import summary
 from offramp.report.scores import confusion, exit_scores
-from offramp.risks import losses
-from offramp.trace import UNLABELLED
 from offramp_hf.bench import origin
 from offramp_hf.classify import Batch, Plan, Study, plan, regated, study
 from offramp_hf.classify_tables import tables
-from offramp_hf.demo import one_thread, step, timed_with_bar
+from offramp_hf.demo import step
 
 #: the policy whose certificate is shown, and which the calibrators are compared on: of those that need no training of
 #: their own it saved most here (46 % of the blocks where confidence saved 44 %)
 SHOWN = "margin"
 #: what a calibrator that asks for a budget is asked to spend, as a share of the full model's cost
 BUDGET = 0.6
-#: share of blocks saved from which on a realised saving is told
-LEAST = 0.05
 
 
 @dataclass(frozen=True)
@@ -141,46 +136,6 @@ def told(body: dict[str, Any]) -> dict[str, Any]:
     return {"summary": said, "tiles": tiles}
 
 
-def calibrations(trace: offramp.Trace, how: Plan, policies: Sequence[str] = ()) -> dict[str, offramp.Calibration]:
-    """Return the calibration of each policy of a single pass by name; one that cannot be calibrated says why.
-
-    policies: names, empty for all that exist. Raises `UnknownName`.
-    """
-    found = {}
-    for name in policies or offramp.names(offramp.ExitPolicy):
-        if issubclass(lookup(offramp.ExitPolicy, name), SchedulePolicy):
-            continue  # it says which blocks of a token run, and asks no exit
-        try:
-            found[name] = offramp.calibrate(trace, name, risk=how.risk, alpha=how.alpha, delta=how.delta)
-        except BadArgument as error:
-            found[name] = offramp.Calibration(offramp.policy("never"), None, f"uncertified: {error}")
-    return found
-
-
-def policy_row(name: str, made: offramp.Calibration, trace: offramp.Trace, risk: str) -> dict[str, Any]:
-    """Return what a calibrated policy does to the rows of a trace; risk: what the promise is about, measured here;
-    bound: the speed if only blocks took time.
-    """
-    row: dict[str, Any] = {"name": name, "policy": made.policy.config(), "certified": made.certificate is not None}
-    if made.certificate is None and name != "never":
-        return {**row, "note": made.note.removeprefix("uncertified: ")}
-    out = offramp.simulate(trace, made.policy)
-    shares = {"accuracy": out.accuracy, "agreement": out.agreement, "saved": out.saved}
-    shares["risk"] = float(losses(trace, out.columns, risk).mean())
-    return {**row, **shares, "cost_mean": out.cost_mean, "bound": 1 / (1 - out.saved) if out.saved < 1 else None}
-
-
-class Leaving(Early):
-    """A policy enabled outside the clock; a call returns logits [rows, classes] and the depths [rows] they are from."""
-
-    def __call__(self, inputs: Any) -> tuple[Tensor, Tensor]:
-        """Run the model."""
-        logits: Tensor = self.model(**inputs).logits
-        return logits, self.stats.last_depths
-
-
-@one_thread()
-@torch.no_grad()
 def on_the_clock(
     done: Study,
     rows: list[dict[str, Any]],
@@ -188,51 +143,9 @@ def on_the_clock(
     most: int | None,
     console: Console,
 ) -> dict[str, Any]:
-    """Run each row's policy and the full model over the same batches, interleaved, and add to the rows what came out.
-
-    Adds seconds, rows_per_second, speedup (and quartiles of the ratios batch by batch), exits, live_accuracy, moved
-    (rows that left elsewhere than simulated) and realised: time saved over what the skipped blocks would have cost,
-    which is each block's measured time in the full model times the share of rows that had left before it.
-    """
+    """Measure the policies of the rows on the test batches, at most so many; see `offramp.bench_policies`."""
     picked, rows_of = _evenly(done.batches, most)
-    batches: list[Batch] = [{k: v for k, v in b.items() if k != "labels"} for b in picked]
-    tested = done.test[rows_of]
-
-    def full(one: Batch) -> Tensor:
-        logits: Tensor = done.model(**one).logits
-        return logits
-
-    clock = Clocked(done.exits.backbone.blocks, full)
-    early = {row["name"]: Leaving(done.model, found[row["name"]].policy) for row in rows if "saved" in row}
-    timed = timed_with_bar({"full": full, "clocked": clock, **early}, batches, console, "batches")
-    targets = torch.cat([b["labels"] for b in picked])
-    spent = [t.seconds for t in timed["full"]]
-    for row in rows:
-        if row["name"] not in early:
-            continue
-        mine, policy = timed[row["name"]], found[row["name"]].policy
-        depths = offramp.simulate(tested, policy).depths
-        seconds, left = [t.seconds for t in mine], torch.cat([t.result[1] for t in mine])
-        ideal = sum(_ideal(*pair) for pair in zip(clock.kept[-len(batches) :], _parts(depths, batches), strict=True))
-        row |= {
-            "seconds": sum(seconds),
-            "rows_per_second": len(targets) / sum(seconds),
-            "speedup": sum(spent) / sum(seconds),
-            "speedup_quartiles": quartiles([a / b for a, b in zip(spent, seconds, strict=True)]),
-            "exits": {str(d): int((left == d).sum()) for d in left.unique().tolist()},
-            "moved": int((left != depths).sum()),
-            "live_accuracy": _accuracy(torch.cat([t.result[0] for t in mine]), targets),
-            # where next to nothing is saved, the noise of the clock would be most of it
-            "realised": (sum(spent) - sum(seconds)) / ideal if row["saved"] >= LEAST else None,
-        }
-    return {
-        "batch": len(batches[0]["input_ids"]),
-        "calls": len(batches),
-        "seconds": sum(spent),
-        "rows_per_second": len(targets) / sum(spent),
-        "full_accuracy": _accuracy(torch.cat([t.result for t in timed["full"]]), targets),
-        "blocks_share": sum(map(sum, clock.kept[-len(batches) :])) / sum(t.seconds for t in timed["clocked"]),
-    }
+    return bench_policies.on_the_clock(done.exits, rows, found, picked, done.test[rows_of], console)
 
 
 def _evenly(batches: Sequence[Batch], most: int | None) -> tuple[list[Batch], list[int]]:
@@ -242,21 +155,6 @@ def _evenly(batches: Sequence[Batch], most: int | None) -> tuple[list[Batch], li
     sizes = [len(b["labels"]) for b in batches]
     rows = [sum(sizes[:i]) + j for i in kept for j in range(sizes[i])]
     return [batches[i] for i in kept], rows
-
-
-def _parts(depths: Tensor, batches: Sequence[Batch]) -> Sequence[Tensor]:
-    parts: Sequence[Tensor] = depths.split([len(b["input_ids"]) for b in batches])
-    return parts
-
-
-def _ideal(blocks: Sequence[float], depths: Tensor) -> float:
-    """Return the seconds that the blocks would have cost on the rows that left before them."""
-    return sum(t * float((depths <= b).double().mean()) for b, t in enumerate(blocks))
-
-
-def _accuracy(logits: Tensor, targets: Tensor) -> float:
-    known = targets != UNLABELLED
-    return float((logits.argmax(-1) == targets)[known].double().mean())
 
 
 def calibrator_rows(done: Study, how: Plan) -> list[dict[str, Any]]:

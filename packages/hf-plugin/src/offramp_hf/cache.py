@@ -94,8 +94,12 @@ class GrowingLayer(DynamicLayer):
     def pick(self, start: int, path: Tensor) -> None:
         """Put the slots `start + path` behind the first `start` ones, and forget the rest. path: int64 [batch, n]."""
         for buffer in self.buffers:
-            wide = path[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[-1]) + start
-            buffer.narrow(-2, start, path.shape[1]).copy_(buffer.gather(-2, wide))
+            if len(path) == 1:  # 7 us instead of 9, and without an index of the buffer's size
+                moved = buffer.index_select(-2, path[0] + start)
+            else:
+                wide = path[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[-1])
+                moved = buffer.gather(-2, wide + start)
+            buffer.narrow(-2, start, path.shape[1]).copy_(moved)
         self.length = start + path.shape[1]
 
     def gather(self, index: Tensor) -> None:

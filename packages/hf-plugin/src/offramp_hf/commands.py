@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.text import Text
 
-from offramp.cli import Json, console, group, options_from, write_json
+from offramp.cli import Json, console, depths_of, group, options_from, told_fit, told_trace, write_json
 from offramp_hf.commands_bench import bench_encoder, bench_gate, bench_lm, bench_wide, tune
 from offramp_hf.commands_classify import bench_classify, demo_classify
 
@@ -75,21 +75,13 @@ def fit_lm(
 ) -> None:
     """Attach heads to a language model, train them on text files, and save them."""
     import offramp
-    from offramp_hf.prepare import depths_of, load, windows
+    from offramp_hf.prepare import load, windows
 
     lm, tokenizer = load(model)
     ids = windows(tokenizer, data, window)
     exits = offramp.attach(lm, depths_of(at), head, **options_from(set_ or []))
     report = offramp.fit(lm, ids, loss=loss, steps=steps)
-    exits.save(folder)
-    for depth in exits.at:
-        before, after = report.before[depth], report.agreement[depth]
-        console().print(
-            f"depth {depth}: agrees with the full model on {after:.1%} of held-out tokens (before: {before:.1%})"
-        )
-    console().print(f"wrote {escape(str(folder))} after {report.seconds:.0f} s", soft_wrap=True)
-    body = {"at": list(exits.at), "head": head, "before": report.before, "agreement": report.agreement}
-    write_json(out, {**body, "loss": report.losses[-1], "seconds": report.seconds, "out": folder})
+    told_fit(exits, report, folder, "tokens", out)
 
 
 def record_lm(
@@ -109,9 +101,7 @@ def record_lm(
     offramp.load(lm, exits)
     ids = windows(tokenizer, data, window)
     made = offramp.record(lm, {"input_ids": ids, "labels": ids}, per_row=per_row, progress=True)
-    made.save(trace)
-    console().print(f"wrote {escape(str(trace))}: {escape(repr(made))}", soft_wrap=True)
-    write_json(out, {"trace": trace, "rows": len(made), "depths": list(made.depths), "data_hash": made.data_hash})
+    told_trace(made, trace, out)
 
 
 def generate_lm(

@@ -5,24 +5,22 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
 import offramp
-from offramp.cli import as_dict, dump_json
+from offramp.cli import as_dict
 from offramp.cli import step as step
-from offramp.report import FORMAT, write
+from offramp.clock import one_thread, timed_with_bar
+from offramp.report import FORMAT, save
 from offramp.report.curves import summary
 from offramp.report.words import promise
 from offramp_hf import measure
@@ -70,19 +68,6 @@ class Study:
     depth: int
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run on one thread inside the context: on tensors this small a second one gains 15 %, and costs ten times the
-    time as soon as anything else runs on the machine.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @one_thread()
 def run(
     folder: Path, model: Path | None, plain: Path | None, prompts: int | None, quick: bool, console: Console
@@ -94,7 +79,7 @@ def run(
     story = study(first, second, settings, count, folder, console)
     other = study(second, first, settings, min(count, PLAIN_PROMPTS), folder, console)
     body = body_of(story, other, first.name, second.name, settings)
-    write_report(body, folder)
+    save(body, folder)
     for name, one in ((first.name, story.rows), (second.name, other.rows)):
         console.print(table(name, one))
     console.print(escape(promise(body["certificate"], body["note"])), soft_wrap=True)
@@ -162,26 +147,6 @@ def best_layer(model: Any, prompts: Sequence[Tensor], settings: Settings) -> int
     return int(min(timed, key=lambda name: sum(t.seconds for t in timed[name])))
 
 
-def timed_with_bar(
-    ways: Mapping[str, Callable[[Any], Any]], prompts: Sequence[Any], console: Console, what: str = "prompts"
-) -> Any:
-    """Measure with a progress bar that is drawn between prompts only: a thread that draws would be measured too."""
-    columns = (
-        TextColumn("  {task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, auto_refresh=False) as bar:
-        task = bar.add_task(what, total=len(prompts))
-
-        def advance() -> None:
-            bar.advance(task)
-            bar.refresh()
-
-        return measure.interleaved(ways, prompts, step=advance)
-
-
 def body_of(story: Study, other: Study, name: str, plain: str, settings: Settings) -> dict[str, Any]:
     """Return the JSON of the report."""
     calibration = as_dict(story.calibration)
@@ -226,14 +191,6 @@ def samples(story: Study) -> list[dict[str, Any]]:
             tokens = [{"text": t, "depth": d} for t, d in zip(pieces(story.tokenizer, made), depths, strict=True)]
             out.append({"name": name, "prompt": story.tokenizer.decode(ids[0]), "tokens": tokens})
     return out
-
-
-def write_report(body: dict[str, Any], folder: Path) -> None:
-    """Write report.json and report.html."""
-    from offramp.checkpoint import write_text
-
-    write_text(folder / "report.json", dump_json(body))
-    write(body, folder / "report.html")
 
 
 def table(title: str, rows: Sequence[dict[str, Any]]) -> Table:

@@ -6,12 +6,13 @@ from typing import Any
 
 from rich.console import Console
 
-from offramp.cli import as_dict
+from offramp.bench_policies import calibrations
+from offramp.cli import as_dict, step
+from offramp.report import save
 from offramp.report.words import percent, promise
-from offramp_hf.bench_classify import SHOWN, Ask, body_of, calibrations
+from offramp_hf.bench_classify import SHOWN, Ask, body_of
 from offramp_hf.classify import plan, study
 from offramp_hf.classify_tables import tables
-from offramp_hf.demo import step, write_report
 
 
 def run(ask: Ask, console: Console) -> dict[str, Any]:
@@ -24,6 +25,6 @@ def run(ask: Ask, console: Console) -> dict[str, Any]:
     console.print(promise(shown["certificate"], shown["note"]), soft_wrap=True)
     body = body_of(done, how, found, ask, console, "demo")
     with step(console, "write the report"):
-        write_report(body, ask.folder)
+        save(body, ask.folder)
     console.print(tables(body)[0])
     return body

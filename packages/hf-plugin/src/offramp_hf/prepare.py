@@ -108,14 +108,6 @@ def windows(tokenizer: Any, files: Sequence[Path], length: int) -> Tensor:
     return ids[: len(ids) // length * length].view(-1, length)
 
 
-def depths_of(text: str) -> list[int | float]:
-    """Turn "3,6,8" or "0.25,0.5" into taps; raises `BadArgument`."""
-    try:
-        return [float(part) if "." in part else int(part) for part in text.split(",")]
-    except ValueError:
-        raise BadArgument(f"--at {text!r} is not a list of depths or fractions; write e.g. --at 3,6,8") from None
-
-
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Return the text of each token; a character that spans tokens belongs to its last one."""
     out, before = [], ""

@@ -61,6 +61,8 @@ class Setting:
             words += ["draft", str(draft.get("rule")), *_words({k: v for k, v in draft.items() if k != "rule"})]
         elif draft is not None:
             words += ["draft", str(draft)]
+        if (some := self.options.draft_vocabulary) is not None:
+            words.append(f"vocabulary={some if isinstance(some, int) else len(some)}")
         if not self.options.verify and self.options.kv != "catch_up":
             words.append(self.options.kv)
         return " ".join(words)

@@ -83,7 +83,7 @@ class ExitTraining(nn.Module):
     def _nothing(self, inputs: Sequence[Tensor], final: Tensor, seen: Observed) -> Tensor:
         """Return 0, reached through everything that this loss trains."""
         exits = self._exits
-        answers, _ = self.objective.read(exits, inputs, final, seen.targets, range(len(exits)))
+        answers, *_ = self.objective.read(exits, inputs, final, seen.targets, range(len(exits)))
         said = [*answers, exits.odds(inputs, answers)] if self.objective.beside else answers
         return torch.stack([a.sum() for a in said]).sum() * 0.0
 

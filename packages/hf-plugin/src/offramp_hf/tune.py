@@ -18,10 +18,11 @@ from torch import Tensor
 
 import offramp
 from offramp.checkpoint import write_text
+from offramp.clock import one_thread
 from offramp.errors import BadArgument, OfframpError
 from offramp_hf import measure
 from offramp_hf.bench import origin
-from offramp_hf.demo import one_thread, step
+from offramp_hf.demo import step
 from offramp_hf.measure import Generate
 from offramp_hf.pareto import Point, front, hopeless
 from offramp_hf.prepare import load

@@ -1,4 +1,4 @@
-"""Everything that touches timm's own machinery: watching `create_model`, and the flag in `pretrained_cfg`."""
+"""Everything that touches timm's own machinery: importing it, watching `create_model`, the flag in `pretrained_cfg`."""
 
 from __future__ import annotations
 
@@ -6,16 +6,41 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
 from torch import nn
+
+from offramp.errors import BadArgument
 
 FLAG = "early_exit"
 #: timm re-exports `create_model` under these names; all must be the same function, before and after
 PLACES = ("timm", "timm.models", "timm.models._factory")
 #: where every way to a model (arguments, a local directory, the hub) turns its config into a `PretrainedCfg`
 CONFIG = "timm.models._builder"
+
+
+def import_timm() -> ModuleType:
+    """Return timm; raises `BadArgument` with the line to run where it, or the torchvision it imports, does not load."""
+    try:
+        return importlib.import_module("timm")
+    except (ImportError, RuntimeError) as error:  # a torchvision of another torch lacks operators: RuntimeError
+        if "torchvision" in str(error):
+            have = f"torch {version('torch')}, torchvision {_version('torchvision')}"
+            raise BadArgument(
+                f"timm needs torchvision, and it does not load here ({error}; {have}): the two must be of one release; "
+                f"run: pip install --force-reinstall torch torchvision"
+            ) from error
+        raise BadArgument(f"timm does not load here ({error}); run: pip install 'timm>=1.0'") from error
+
+
+def _version(name: str) -> str:
+    """Return the installed version of a library, in words."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "is not installed"
 
 
 class Watch:

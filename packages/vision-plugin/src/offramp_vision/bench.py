@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 
 import offramp
 from offramp.attach import Exits
-from offramp.clock import Clocked, Timed, interleaved, origin, quartiles
+from offramp.clock import Clocked, Early, Timed, interleaved, origin, quartiles, sync
 from offramp.errors import BadArgument
+from offramp.memory import Peak
 from offramp.policy import Evidence, ExitPolicy, State
+from offramp_vision._compat import import_timm
 from offramp_vision.backbones._images import noise
 
 #: one of each shape: a chain of equal blocks, a convnet, a hierarchy of windows
@@ -26,6 +29,10 @@ MODELS = ("vit_small_patch16_224", "resnet50", "swin_tiny_patch4_window7_224")
 BATCHES = (1, 16, 64, 256)
 #: depths at which images leave, as shares of the depth; a quarter of them runs to the end
 AT = (0.25, 0.5, 0.75)
+#: batches up to this many images run once before the clock; a larger one takes so long that the first call counts
+WARM = 64
+#: images whose states heads are clocked on, again and again: what they show takes no time
+FEW = 16
 
 
 @dataclass(frozen=True)
@@ -56,28 +63,60 @@ class Evenly(ExitPolicy):
         return state["row"] % (len(AT) + 1) <= seen.index, state
 
 
-class Early:
-    """A call of the model with exits, enabled outside the clock."""
+class Parts(Clocked):
+    """The model on the first `rows` images; clocks each of its parts: up to the end of each block, and what follows.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.stats = model, offramp.Stats()
+    A part begins where the one before it ended, so that what runs between blocks is in it.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], model: nn.Module, rows: int) -> None:
+        super().__init__(blocks, lambda images: model(images[:rows]))
+
+    def start(self, *args: Any) -> None:
+        """Let the clock run: the part has begun already."""
+
+    def stopper(self, index: int) -> Callable[..., None]:
+        """Return the hook that stops the clock of one part and starts that of the next."""
+        stop = super().stopper(index)
+
+        def stop_and_start(*args: Any) -> None:
+            stop(*args)
+            self.started = time.perf_counter()
+
+        return stop_and_start
+
+    def __call__(self, images: Any) -> Any:
+        """Run once."""
+        self.started = time.perf_counter()
+        result = super().__call__(images)
+        sync()
+        self.kept[-1].append(time.perf_counter() - self.started)
+        return result
+
+
+class Weighed:
+    """Another way, and the most memory that each of its calls took, in bytes."""
+
+    def __init__(self, way: Any) -> None:
+        self.way = way
+        self.stats: Any = getattr(way, "stats", None)
+        self.taken: list[int | None] = []
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """Enable the policy."""
-        with offramp.enable(self.model, Evenly()) as run:
-            run.stats = self.stats
+        """Get the way ready, and put it on the scales, outside the clock."""
+        with self.way.ready(), Peak() as peak:
             yield
+        self.taken.append(peak.taken)
 
     def __call__(self, images: Tensor) -> Any:
-        """Run the model."""
-        return self.model(images)
+        """Run the way."""
+        return self.way(images)
 
 
 def bench(ask: Ask, console: Console) -> dict[str, Any]:
     """Measure every model at every batch, print the table, and return plain JSON values."""
-    import timm
-
+    timm = import_timm()
     known = set(timm.list_models())
     if odd := [name for name in ask.models if name not in known]:
         raise BadArgument(f"timm has no model called {', '.join(odd)}; see timm.list_models()")
@@ -100,35 +139,55 @@ def bench(ask: Ask, console: Console) -> dict[str, Any]:
 def measured(model: nn.Module, batch: int, ask: Ask) -> dict[str, Any]:
     """Return what leaving saves on one batch of noise: medians over repeats.
 
-    ideal: for each block, its measured time at the full batch times the share of images that had left before it;
-    heads: time of all heads on the images that reach them, in the saved time already.
+    ideal: every part of the model at the time that it takes in a batch of just the images that are left, which never
+    held others: a smaller batch takes less time per image where memory is the limit, and so the time of the full
+    batch times the share of images would be another model's; heads: time of all heads on the images that reach them,
+    in the measured time already; memory: the most above what was held before, with exits and in full.
     """
     images = noise(model, batch)
     with offramp.attach(model, AT, ask.head) as exits:
-        chain = exits.backbone.chain()
-        clock, early = Clocked(chain.blocks, model), Early(model)
-        timed = interleaved({"full": clock, "early": early}, [images] * ask.repeats, warm=1)
-        gone = _gone(early.stats.last_depths, exits.backbone.depth)
-        ideal = [sum(s * g for s, g in zip(one, gone, strict=True)) for one in clock.kept[-ask.repeats :]]
-        heads = _heads(exits, images, gone, ask.repeats)
-    return _row(timed["full"], timed["early"], ideal, heads, early.stats.saved, batch)
+        early = Weighed(Early(model, Evenly()))
+        with early.ready():
+            early(images)  # warms up, and says who leaves where
+        left = _left(early.stats.last_depths, exits.backbone.depth)
+        blocks = exits.backbone.chain().blocks
+        parts = {rows: Parts(blocks, model, rows) for rows in {batch, *left} - {0}}
+        full = Weighed(parts[batch])
+        ways: dict[str, Any] = {"early": early, "full": full, **{str(n): way for n, way in parts.items() if n < batch}}
+        timed = interleaved(ways, [images] * ask.repeats, warm=int(batch <= WARM))
+        kept = {rows: way.kept[-ask.repeats :] for rows, way in parts.items()}
+        ideal = [sum(kept[n][r][i] for i, n in enumerate(left) if n) for r in range(ask.repeats)]
+        heads = _heads(exits, images, left, ask.repeats)
+    row = _row(timed["full"], timed["early"], ideal, heads, early.stats.saved, batch)
+    peaks = {"peak_bytes": early, "peak_bytes_full": full}
+    return {**row, **{name: _middle(way.taken[-ask.repeats :]) for name, way in peaks.items()}}
 
 
-def _gone(depths: Tensor, depth: int) -> list[float]:
-    """Return the share of images that have left before each block. depths: of each image [rows]; depth: the model's."""
-    return [float((depths <= block).double().mean()) for block in range(depth)]
+def _left(depths: Tensor, depth: int) -> list[int]:
+    """Return how many images are left in each part of the model, that after the last block included.
+
+    depths: of each image [rows]; depth: the model's.
+    """
+    left = [int((depths > block).sum()) for block in range(depth)]
+    return [*left, left[-1]]
 
 
-def _heads(exits: Exits, images: Tensor, gone: Sequence[float], repeats: int) -> float:
+def _middle(values: Sequence[int | None]) -> float | None:
+    """Return the median, None where the system tells nothing."""
+    known = [v for v in values if v is not None]
+    return statistics.median(known) if known else None
+
+
+def _heads(exits: Exits, images: Tensor, left: Sequence[int], repeats: int) -> float:
     """Return the seconds that all heads take on the images that reach them; 0 for those that nothing reaches."""
     with exits.backbone.chain().capture(exits.at) as kept:
-        exits.backbone.call(images)
+        exits.backbone.call(images[:FEW])
     total = 0.0
     for depth in exits.at:
-        state = kept[depth][: round(len(images) * (1 - gone[depth - 1]))]
-        if not len(state):
+        rows = left[depth - 1]
+        if not rows:
             continue
-        head: Any = exits[depth]
+        state, head = kept[depth][torch.arange(rows) % FEW % len(images)], exits[depth]
         ways = {"head": lambda given, head=head: head(head.reduce(given) if type(head).whole else given)}
         given = state if type(head).whole else exits.backbone.pool(state)
         total += statistics.median(t.seconds for t in interleaved(ways, [given] * max(3, repeats), warm=1)["head"])
@@ -140,13 +199,12 @@ def _row(
 ) -> dict[str, Any]:
     """Return medians; ratios are taken repeat by repeat, so that a slow moment of the machine cancels out."""
     middle = statistics.median
-    gains = [a.seconds - b.seconds for a, b in zip(full, early, strict=True)]
-    ratios = [gain / cost for gain, cost in zip(gains, ideal, strict=True)]
+    ratios = [(f.seconds - e.seconds) / (f.seconds - i) for f, e, i in zip(full, early, ideal, strict=True)]
     seconds = middle(t.seconds for t in full), middle(t.seconds for t in early)
     return {
         "images_per_second_full": batch / seconds[0],
         "images_per_second": batch / seconds[1],
-        "images_per_second_ideal": batch / (seconds[0] - middle(ideal)),
+        "images_per_second_ideal": batch / middle(ideal),
         "speedup": middle(a.seconds / b.seconds for a, b in zip(full, early, strict=True)),
         "blocks_saved": saved,
         "heads_seconds": heads,
@@ -160,14 +218,15 @@ def _row(
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """Return the table for the terminal: images per second of the full model, with exits, and at the ideal."""
     out = Table(box=SIMPLE)
-    names = ("model", "batch", "full", "exits", "ideal", "speed", "blocks saved", "heads", "realised / ideal")
+    names = ("model", "batch", "full", "exits", "ideal", "speed", "blocks saved", "heads", "memory", "realised / ideal")
     for n, name in enumerate(names):
         out.add_column(name, justify="right" if n else "left")
     for r in rows:
         rates = [f"{r[k]:.2f}/s" for k in ("images_per_second_full", "images_per_second", "images_per_second_ideal")]
         share = f"{r['heads_seconds'] / r['seconds_full']:.1%}"
+        memory = f"{r['peak_bytes'] / r['peak_bytes_full']:.1%}" if r["peak_bytes_full"] else "unknown"
         out.add_row(
-            r["name"], str(r["batch"]), *rates, f"{r['speedup']:.2f}x", f"{r['blocks_saved']:.0%}", share,
+            r["name"], str(r["batch"]), *rates, f"{r['speedup']:.2f}x", f"{r['blocks_saved']:.0%}", share, memory,
             f"{r['realised']:.3f}",
         )  # fmt: skip
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -43,11 +44,20 @@ def mean_of(layout: str, prefix: int, hidden: Tensor) -> Tensor:
 
 
 def map_of(layout: str, prefix: int, grid: Sequence[int], hidden: Tensor) -> Tensor:
-    """Return the state as a map [batch, width, height, width of the grid], without prefix tokens."""
+    """Return the state as a map [batch, width, height, width of the grid], without prefix tokens.
+
+    Raises `BadArgument` where the tokens are not those of the grid: images of another resolution.
+    """
     if layout == FIRST:
         return hidden
     if layout == LAST:
         return hidden.permute(0, 3, 1, 2)
+    if hidden.shape[1] - prefix != math.prod(grid):
+        raise BadArgument(
+            f"this head was built for {' x '.join(map(str, grid))} places, and these images have "
+            f"{hidden.shape[1] - prefix}: give images of the resolution that the exits were trained at, or attach and "
+            f"fit new ones to a model built for this one (img_size=...)"
+        )
     places = hidden[:, prefix:].transpose(1, 2)
     return places.reshape(*places.shape[:2], *grid)
 

@@ -11,11 +11,13 @@ from offramp._hookspecs import hookimpl
 from offramp._registry import add_folder
 from offramp.backbone import Backbone
 from offramp.head import ExitHead
+from offramp.loss import Loss
 
 if TYPE_CHECKING:
     import typer
 
 add_folder(ExitHead, "offramp_vision.heads")
+add_folder(Loss, "offramp_vision.losses")
 
 
 @hookimpl

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from offramp._registry import register
 from offramp.backbone import Tap
-from offramp.head import ExitHead, HeadContext
+from offramp.head import ExitHead, HeadContext, Rows
 
 
 @register("linear")
@@ -25,6 +25,10 @@ class Linear(ExitHead):
     def build(cls, tap: Tap, base: HeadContext) -> Linear:
         """Start from copies of the final norm and projection, so that the untrained head is the logit lens."""
         return cls(base)
+
+    def narrowed(self, ids: Tensor) -> ExitHead:
+        """Return the head with some rows of its own projection."""
+        return self.sharing(proj=Rows(self.proj, ids))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map hidden [..., width] to logits [..., classes]."""

@@ -66,6 +66,11 @@ class Speculative(ExitHead):
         check_options(given, [n for n in inspect.signature(reads.build).parameters if n not in ("tap", "base")], inner)
         return cls(base, reads.build(tap, base, **given), candidates, hidden)
 
+    def narrowed(self, ids: Tensor) -> ExitHead:
+        """Return the inner head for some classes: what a narrow readout says, no predictor judges."""
+        inner: Any = self.exit_head
+        return inner.narrowed(ids)  # type: ignore[no-any-return]
+
     @property
     def trained(self) -> bool:
         """Whether the predictor has been trained (or loaded)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,12 +38,12 @@ class GateLoss(Loss):
 
     def read(
         self, exits: Exits, hidden: Sequence[Tensor], final: Tensor, targets: Tensor | None, active: Sequence[int]
-    ) -> tuple[list[Tensor], Tensor | None]:
+    ) -> tuple[list[Tensor], Tensor | None, Any]:
         """Return (the gate's log-odds [rows] per exit, whether each exit agrees with the full model [rows, exits])."""
         with torch.no_grad():
             best = final.argmax(-1)
             hits = torch.stack([exits[exits.at[i]](hidden[i]).argmax(-1) == best for i in active], 1)
-        return [exits.odds(hidden)[:, i] for i in active], hits
+        return [exits.odds(hidden)[:, i] for i in active], hits, None
 
     def each(self, predictions: Sequence[Tensor], final: Tensor, targets: Tensor | None) -> list[Tensor]:
         """Return one loss in nats per exit; `final` is not used."""

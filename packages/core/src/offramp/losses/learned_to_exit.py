@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class LearnedToExitLoss(Loss):
 
     def read(
         self, exits: Exits, hidden: Sequence[Tensor], final: Tensor, targets: Tensor | None, active: Sequence[int]
-    ) -> tuple[list[Tensor], Tensor | None]:
+    ) -> tuple[list[Tensor], Tensor | None, Any]:
         """Return (the gate's log-odds [rows] per exit, how right each exit is [rows, exits]), of labelled rows."""
         if self.towards == "full":
             targets = final.detach() if final.shape[-1] == 1 else final.argmax(-1)
@@ -55,7 +55,7 @@ class LearnedToExitLoss(Loss):
             answers = [exits[depth](h) for depth, h in zip(exits.at, hidden, strict=True)]
             right = torch.stack([_right(answers[i], targets) for i in active], 1)
         keep, odds = labelled(targets, "learned_to_exit"), exits.odds(hidden, answers)
-        return [odds[keep, i] for i in active], right[keep]
+        return [odds[keep, i] for i in active], right[keep], None
 
     def each(self, predictions: Sequence[Tensor], final: Tensor, targets: Tensor | None) -> list[Tensor]:
         """Return one mean squared error per exit; `final` is not used."""

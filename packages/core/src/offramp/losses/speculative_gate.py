@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,14 +37,14 @@ class SpeculativeGateLoss(Loss):
 
     def read(
         self, exits: Exits, hidden: Sequence[Tensor], final: Tensor, targets: Tensor | None, active: Sequence[int]
-    ) -> tuple[list[Tensor], Tensor | None]:
+    ) -> tuple[list[Tensor], Tensor | None, Any]:
         """Return (one gate logit [rows] per exit, whether each exit agrees with the full model [rows, exits])."""
         heads = gated(exits)
         with torch.no_grad():
             answers = [head(h) for head, h in zip(heads, hidden, strict=True)]
             best = final.argmax(-1)
             hits = torch.stack([a.argmax(-1) == best for a in answers], 1)
-        return ask_in_turn(heads, [h.detach() for h in hidden], answers[0])[0], hits
+        return ask_in_turn(heads, [h.detach() for h in hidden], answers[0])[0], hits, None
 
     def each(self, predictions: Sequence[Tensor], final: Tensor, targets: Tensor | None) -> list[Tensor]:
         """Return one cross-entropy per exit. predictions: K logits [rows]; targets: [rows, K], whether right."""

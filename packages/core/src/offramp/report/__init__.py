@@ -14,7 +14,7 @@ FORMAT = 1
 #: what a run's JSON may hold, of which a report needs at least one
 PARTS = (
     *("rows", "plain_rows", "certificate", "trace", "text", "exits"),
-    *("policies", "calibrators", "exit_scores", "confusion"),
+    *("policies", "calibrators", "exit_scores", "confusion", "images", "runs"),
 )
 
 
@@ -23,6 +23,15 @@ def write(run: Mapping[str, Any], path: str | Path) -> None:
     from offramp.checkpoint import write_text
 
     write_text(Path(path), html(run))
+
+
+def save(run: Mapping[str, Any], folder: Path) -> None:
+    """Write report.json and report.html into `folder`."""
+    from offramp.checkpoint import write_text
+    from offramp.cli import dump_json
+
+    write_text(folder / "report.json", dump_json(run))
+    write(run, folder / "report.html")
 
 
 def read(path: str | Path) -> dict[str, Any]:

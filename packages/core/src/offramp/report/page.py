@@ -7,7 +7,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from offramp.report import classify, speed, svg
+from offramp.report import classify, images, speed, svg
 from offramp.report.words import explain, percent, promise
 
 #: tints of exits, shallow to deep; the full model is the last one and has no tint
@@ -15,6 +15,7 @@ TINTS, FULL = 5, 9
 NAMES = {
     "text": "Generated text, coloured by depth",
     "exits": "Where {unit}s were decided",
+    "images": "Images by the depth at which they left",
     "accuracy": "Accuracy against cost",
     "policies": "Policies",
     "calibrators": "Calibrators",
@@ -44,10 +45,11 @@ def html(run: Mapping[str, Any]) -> str:
 
 
 def sections(run: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield (id, heading, HTML) of every section that the run has something for."""
+    """Yield (id, heading, HTML) of every section that the run has something for, then those of the `runs` in it."""
     made = {
         "text": _text(run),
         "exits": _exits(run),
+        "images": images.sheet(run),
         "accuracy": classify.accuracy(run),
         "policies": classify.policies(run),
         "calibrators": classify.calibrators(run),
@@ -60,6 +62,9 @@ def sections(run: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     for name, content in made.items():
         if content:
             yield name, NAMES[name].format(unit=_unit(run)), content
+    for one in run.get("runs") or []:
+        for name, heading, content in sections(one):
+            yield f"{one['name']}-{name}", f"{one['name']}: {heading[0].lower()}{heading[1:]}", content
 
 
 def _unit(run: Mapping[str, Any]) -> str:

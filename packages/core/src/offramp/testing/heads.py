@@ -11,6 +11,7 @@ from torch import nn
 
 from offramp.attach import Exits, attach
 from offramp.backbone import Tap
+from offramp.errors import BadArgument
 from offramp.fit import trainable
 from offramp.head import Around, ask_in_turn
 from offramp.testing import ContractError
@@ -22,7 +23,8 @@ def check_head(name: str, model: nn.Module | None = None, **config: Any) -> None
 
     Untrained it is the backbone's own readout, unless config has init="random"; it keeps leading dimensions; the
     backbone's `state_dict` keys and weights stay; its own state is complete, separate from the backbone and survives a
-    round trip; what `fit` would train gets a gradient and is saved. config: the head's options. Raises `ContractError`.
+    round trip; what `fit` would train gets a gradient and is saved; cut to some
+    classes it says the same of them. config: the head's options. Raises `ContractError`.
     """
     with toy_plugin() if model is None else nullcontext():
         model = ToyModel() if model is None else model
@@ -36,6 +38,7 @@ def check_head(name: str, model: nn.Module | None = None, **config: Any) -> None
                 _gradient(exits)
             elif exits[1].own_state() or trainable(exits):
                 raise ContractError(f"head {name!r}: says own = False and has weights of its own")
+            _narrowed(exits)
         if list(model.state_dict()) != list(before):
             raise ContractError(f"head {name!r}: detach() leaves other state_dict keys than the model had")
 
@@ -104,6 +107,20 @@ def _round_trip(exits: Exits) -> None:
         value.data.copy_(one[key])
     if not torch.equal(_says(exits, 1, hidden), _says(exits, 2, hidden)):
         raise ContractError(f"head {exits.head!r}: a head with the own_state() of another says something else")
+
+
+@torch.no_grad()
+def _narrowed(exits: Exits) -> None:
+    """Check that a head cut to some classes says what it says of them, or refuses."""
+    classes = exits.backbone.context().classes
+    ids = torch.arange(classes - 1, -1, -2)
+    try:
+        short = exits[1].narrowed(ids)
+    except BadArgument:
+        return
+    hidden = _mixed(exits, 1, _states(exits, 3))
+    if not torch.allclose(short(hidden), exits[1](hidden)[..., ids], rtol=1e-4, atol=1e-5):
+        raise ContractError(f"head {exits.head!r}: narrowed(ids) says something else of these classes than the head")
 
 
 def _mixed(exits: Exits, depth: int, hidden: torch.Tensor) -> torch.Tensor:

@@ -16,12 +16,13 @@ from offramp.enable import Run, paused
 from offramp.engine import LOGITS
 from offramp.errors import BadArgument, UnsupportedModel
 from offramp.gating import gate_of
-from offramp.head import HeadContext
+from offramp.head import ExitHead, HeadContext
 from offramp.options import refuse_generation
 from offramp.policy import FULL, ExitPolicy, SchedulePolicy
 from offramp_diffusers import _compat
 from offramp_diffusers.denoise import Denoise
 from offramp_diffusers.facts import ModelFacts, Stream, argument, model_facts, noise_level
+from offramp_diffusers.head import DenoiserContext, DenoiserHead
 from offramp_diffusers.policies.time_schedule import TimeSchedule, blocks
 
 #: statistics of a prediction, and what is trained on them
@@ -74,10 +75,8 @@ class Streams(Chain):
 class TransformerBackbone(Backbone):
     """A diffusers transformer: its blocks in the order they run, and the module that reads the state after them."""
 
-    #: heads whose output is a state that the model's own output layers read
-    heads: ClassVar[tuple[str, ...]] = ("passthrough", "bottleneck", "uncertainty")
-    #: whether all rows of a call must go equally deep
-    uniform: ClassVar[bool] = False
+    #: whether states are images whose size changes from block to block: all rows of a call must then go equally deep
+    image: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model: nn.Module = model
@@ -114,7 +113,23 @@ class TransformerBackbone(Backbone):
 
     def context(self) -> HeadContext:
         """Return a readout that hands on the state: the output layers need the noise level, so they are not copied."""
-        return HeadContext(_Conditioned(type(self.model).__name__), nn.Identity(), _same, self.width, self.width)
+        kind, parts = type(self.model).__name__, dict(self.model.named_children())
+        known = all(name in parts for name in self.facts.output)
+        output = {name: parts[name] for name in self.facts.output} if known else {}
+        norm, targets = _Conditioned(kind), self.targets()
+        return DenoiserContext(norm, nn.Identity(), _same, self.width, self.width, None, kind, output, targets)
+
+    def targets(self) -> Mapping[int, tuple[int, int]]:
+        """Return what the state at a depth has to become to be read, (channels, times as large), where it changes."""
+        return {}
+
+    def resume(self, stop: int) -> int:
+        """Return how many blocks come before those that run again after a stop: all, where none does."""
+        return self.depth
+
+    def size(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+        """Return height and width of what the model, or a block, is called with, where states are images."""
+        return None
 
     def chain(self) -> Chain:
         """Return the blocks, each with its facts."""
@@ -158,10 +173,12 @@ class TransformerBackbone(Backbone):
         """Let the state skip the remaining blocks; raises `BadArgument` for what a denoiser cannot do."""
         kind = type(self.model).__name__
         refuse_generation(run.options, f"{kind} answers once per call")
-        if run.exits.at and run.exits.head not in self.heads:
+        if run.exits.at and not self._takes(head := type(run.exits[run.exits.at[0]])):
+            fitting = (f'"{n}"' for n in names(ExitHead) if self._takes(lookup(ExitHead, n)))
             raise BadArgument(
-                f"heads {run.exits.head!r} would not be used: at an exit of {kind} the model's own output layers read "
-                f'the state; attach with head="{self.heads[0]}"'
+                f"heads {run.exits.head!r} would not be used: at an exit of {kind} output layers read the state that a "
+                f"head hands on, and {head.__name__} hands on none that they could; attach with head="
+                f"{' or '.join(fitting)}"
             )
         if looks := _missing(run.policy):
             raise BadArgument(
@@ -174,7 +191,8 @@ class TransformerBackbone(Backbone):
                 f"the policy asks the heads how wrong they are, and heads {run.exits.head!r} cannot say; attach "
                 f'head="uncertainty" and train them: offramp_diffusers.tune_heads.tune_uncertainty(model, ...)'
             )
-        if isinstance(run.policy, SchedulePolicy) and (run.exits.head == "bottleneck" or self.uniform):
+        acts = self.image or any(getattr(run.exits[d], "acts", False) for d in run.exits.at)
+        if isinstance(run.policy, SchedulePolicy) and acts:
             if bare := sorted(_stops(run.policy, self.depth) - {self.depth} - set(run.exits.at)):
                 raise BadArgument(
                     f"the schedule stops at {bare}, where no head was attached (exits at {list(run.exits.at)}); attach "
@@ -185,9 +203,13 @@ class TransformerBackbone(Backbone):
                 raise BadArgument(
                     f"{cache} is on {kind} already, and exits around it would keep it from ever seeing its last block: "
                     f"its residuals would be stale. Put it on top instead: model.disable_cache(), then "
-                    f"offramp.enable(...), then model.enable_cache(...)"
+                    f"offramp.enable(...), then model.enable_cache(...) (deep_cache: its context inside that of enable)"
                 )
         return Denoise(run, self).install()
+
+    def _takes(self, head: type[ExitHead]) -> bool:
+        """Whether output layers can read what heads of a class hand on."""
+        return issubclass(head, DenoiserHead) and head.image is self.image
 
     def flag(self) -> Mapping[str, Any] | None:
         """Return the dict under `early_exit` in the component's config, or None."""

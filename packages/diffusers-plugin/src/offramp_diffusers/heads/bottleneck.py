@@ -8,15 +8,18 @@ from torch import Tensor, nn
 from offramp._registry import register
 from offramp.backbone import Tap
 from offramp.errors import BadArgument
-from offramp.head import ExitHead, HeadContext
+from offramp.head import HeadContext
+from offramp_diffusers.head import DenoiserHead, denoiser
 
 
 @register("bottleneck")
-class Bottleneck(ExitHead):
+class Bottleneck(DenoiserHead):
     """The state plus a two-layer map of it through `r` numbers, which starts as nothing, then the output layers.
 
     r: width in between, at least 1; 2 * r * width trainable numbers per exit and their biases.
     """
+
+    needed = True
 
     def __init__(self, width: int, r: int) -> None:
         super().__init__()
@@ -29,11 +32,7 @@ class Bottleneck(ExitHead):
     @classmethod
     def build(cls, tap: Tap, base: HeadContext, r: int = 32) -> Bottleneck:
         """Build the head; raises `BadArgument` on a model whose readout is made of a norm and a classifier."""
-        if not isinstance(base.projection, nn.Identity):
-            raise BadArgument(
-                "head 'bottleneck' is for denoisers, whose own output layers read the state; this model answers with "
-                f'{base.classes} classes: use head="mlp"'
-            )
+        denoiser(base, "bottleneck", 'head="mlp"')
         if isinstance(r, bool) or not isinstance(r, int) or r < 1:
             raise BadArgument(f"bottleneck: r must be a whole number, at least 1, not {r!r}")
         return cls(tap.width, r)

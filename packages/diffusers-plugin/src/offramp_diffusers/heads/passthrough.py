@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from offramp._registry import register
 from offramp.backbone import Tap
 from offramp.errors import BadArgument
-from offramp.head import ExitHead, HeadContext
+from offramp.head import HeadContext
+from offramp_diffusers.head import DenoiserHead, denoiser
 
 
 @register("passthrough")
-class Passthrough(ExitHead):
-    """The exit of a denoiser: skipped blocks pass the state on to the model's own output layers (DeeDiff, DuoDiff).
+class Passthrough(DenoiserHead):
+    """The exit of a denoiser: skipped blocks pass the state on to the model's own output layers (DuoDiff, ASE).
 
     Its prediction is the state itself [batch, token, width], so there are no class probabilities to look at, to record
     or to train. Raises `BadArgument` on a model whose readout is made of a norm and a classifier.
@@ -23,11 +24,7 @@ class Passthrough(ExitHead):
     @classmethod
     def build(cls, tap: Tap, base: HeadContext) -> Passthrough:
         """Build the head; there is nothing to start from."""
-        if not isinstance(base.projection, nn.Identity):
-            raise BadArgument(
-                "head 'passthrough' is for denoisers, whose own output layers read the state; this model answers with "
-                f'{base.classes} classes: use head="tied"'
-            )
+        denoiser(base, "passthrough", 'head="tied"')
         return cls()
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -2,42 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from offramp._registry import register
 from offramp.backbone import Tap
-from offramp.errors import BadArgument
-from offramp.head import ExitHead, HeadContext
+from offramp.head import HeadContext
+from offramp_diffusers.head import DenoiserHead, denoiser, output_layers
 
 #: numbers that say the noise level, as sines and cosines of rising periods
 TIME = 32
 
 
 @register("uncertainty")
-class UncertaintyHead(ExitHead):
+class UncertaintyHead(DenoiserHead):
     """One linear layer on every token's state beside the noise level, through a sigmoid, mean over tokens.
 
-    The answer of the exit is the model's own output layers' (the state goes on as it is); in the paper each block has
-    output layers of its own. Untrained, it estimates 1/2. Paper: DeeDiff (arXiv 2309.17074).
+    The model's own output layers answer from the state as it is. output: True for output layers of each exit's own, as
+    in the paper, which start as copies of the model's. Untrained, it estimates 1/2. Raises `BadArgument`. Paper:
+    DeeDiff (arXiv 2309.17074).
     """
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
+    def __init__(self, width: int, layers: Mapping[str, nn.Module] | None = None) -> None:
+        super().__init__(layers)
         self.norm = nn.LayerNorm(width, elementwise_affine=False)  # states grow with depth, and the layer is one layer
         self.estimate = nn.Linear(width + TIME, 1)
         nn.init.zeros_(self.estimate.weight)
         nn.init.zeros_(self.estimate.bias)
 
     @classmethod
-    def build(cls, tap: Tap, base: HeadContext) -> UncertaintyHead:
+    def build(cls, tap: Tap, base: HeadContext, output: bool = False) -> UncertaintyHead:
         """Build the head; raises `BadArgument` on a model whose readout is made of a norm and a classifier."""
-        if not isinstance(base.projection, nn.Identity):
-            raise BadArgument(
-                "head 'uncertainty' is for denoisers, whose own output layers read the state; this model answers with "
-                f'{base.classes} classes: use gate="linear" beside another head'
-            )
-        return cls(tap.width)
+        context = denoiser(base, "uncertainty", 'gate="linear" beside another head')
+        return cls(tap.width, output_layers(context) if output else None)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the state [batch, token, width] as it is."""

@@ -1,8 +1,6 @@
-"""The exit of a U-Net: bring a small state to the size and the channels that the output layers read."""
+"""The exit of a U-Net: bring a small state to the size and the channels that are read where it goes on."""
 
 from __future__ import annotations
-
-import re
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -10,18 +8,23 @@ from torch.nn import functional
 from offramp._registry import register
 from offramp.backbone import Tap
 from offramp.errors import BadArgument
-from offramp.head import ExitHead, HeadContext
+from offramp.head import HeadContext
+from offramp_diffusers.head import DenoiserHead, denoiser
 
 
 @register("upsample")
-class Upsample(ExitHead):
-    """Nearest upsampling to the full size, then a 1 x 1 convolution to the channels of the output layers.
+class Upsample(DenoiserHead):
+    """Nearest upsampling, then a 1 x 1 convolution to the channels that are read next.
 
-    It has to be trained (`offramp_diffusers.tune_heads.tune_heads`); where channels are equal it starts as upsampling.
+    On the way up that is the output layers, at the full size. On the way down it is the up block of the same level: the
+    state goes straight across, and everything below does not run. It has to be trained
+    (`offramp_diffusers.tune_heads.tune_heads`); where channels are equal it starts as upsampling. Raises `BadArgument`.
     """
 
     lens = False
     any_width = True
+    image = True
+    needed = True
 
     def __init__(self, width: int, out: int, factor: int) -> None:
         super().__init__()
@@ -33,18 +36,20 @@ class Upsample(ExitHead):
 
     @classmethod
     def build(cls, tap: Tap, base: HeadContext) -> Upsample:
-        """Build the head; raises `BadArgument` for a tap that is no up block's."""
-        found = re.fullmatch(r"batch channel height/(\d+) width/\d+", tap.layout)
-        if found is None:
+        """Build the head; raises `BadArgument` for a tap that is neither a down nor an up block's."""
+        targets = denoiser(base, "upsample", 'head="pooled_linear"').targets
+        if tap.depth not in targets:
             raise BadArgument(
-                f"head 'upsample' stands after an up block of a U-Net, and depth {tap.depth} is {tap.name}; choose a "
-                f"depth on the way up, or head=\"passthrough\" for a diffusion transformer"
+                f"head 'upsample' stands after a down or an up block of a U-Net, and depth {tap.depth} is {tap.name}; "
+                f"places: {list(targets) or 'none here, use head=' + repr('passthrough')}"
             )
-        return cls(tap.width, base.width, int(found[1]))
+        return cls(tap.width, *targets[tap.depth])
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Map hidden [batch, channels, height / factor, width / factor] to [batch, out, height, width]."""
-        if self.factor > 1:
-            hidden = functional.interpolate(hidden, scale_factor=self.factor, mode="nearest")
+    def forward(self, hidden: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Map hidden [batch, channels, height, width] to [batch, out, *size]; size: None for `factor` times as large.
+        """
+        wanted = (hidden.shape[2] * self.factor, hidden.shape[3] * self.factor) if size is None else size
+        if hidden.shape[2:] != wanted:
+            hidden = functional.interpolate(hidden, size=wanted, mode="nearest")
         out: Tensor = self.map(hidden)
         return out

@@ -29,10 +29,10 @@ class Branching:
         driver.place.tree = self.tree
         try:
             looks = self.grow()
-            logits, _ = driver.answer(driver.finish())
+            logits, top = driver.answer(driver.finish())
         finally:
             driver.place.tree = None
-        self.settle(logits, looks)
+        self.settle(logits, top, looks)
 
     def grow(self) -> list[Look]:
         """Let the tree grow level by level; every node waits at the exit. Returns the look at the first level."""
@@ -44,7 +44,8 @@ class Branching:
         if found is None:
             return looks
         paths = torch.zeros_like(tree.tokens, dtype=torch.float32)  # log-probability of every node of the last level
-        logits = driver.predict(self.level, state)[:, None]
+        logits: Any = found.logits  # known, as the rule branches
+        logits = logits[:, None]
         for depth in range(plan.length):
             parents, tokens, paths = self.children(logits, paths)
             tree.grow(parents + tree.seen.shape[1] - logits.shape[1], tokens)
@@ -100,11 +101,11 @@ class Branching:
             driver.spend(began)
         return out
 
-    def settle(self, logits: Tensor, looks: list[Look]) -> None:
+    def settle(self, logits: Tensor, top: Tensor, looks: list[Look]) -> None:
         """Walk every row from node 0 as far as the full model's choice is a node; commit and keep that path."""
         driver, tree, chooser = self.driver, self.tree, self.driver.chooser
         rows, count = driver.rows, tree.seen.shape[1]
-        best = logits.argmax(-1).tolist() if chooser.plain and not chooser.sample else None
+        best = top.tolist() if chooser.plain and not chooser.sample else None
         tokens, parents = tree.tokens.tolist(), tree.parents.tolist()
         paths: list[list[int]] = [[0] for _ in range(rows.batch)]
         kept = [1] * rows.batch
@@ -143,14 +144,20 @@ class Branching:
         driver = self.driver
         most = max(kept)
         padded = [path[: kept[r]] + [path[kept[r] - 1]] * (most - kept[r]) for r, path in enumerate(paths)]
-        path = torch.tensor(padded, device=self.tree.tokens.device)
+        still = next((i for i in range(most) if any(path[i] != i for path in padded)), most)
+        if still < most:  # the nodes before stand where they belong
+            self.move(driver.slots + still, torch.tensor(padded, device=self.tree.tokens.device)[:, still:] - still)
+        driver.keep(most, kept)
+
+    def move(self, start: int, path: Tensor) -> None:
+        """Bring the nodes in the slots `start + path` [batch, n] to the slots from `start` on."""
+        driver = self.driver
         holders: list[Any] = [*driver.cache.layers, *driver.memories.values()]
         driver.place.tree = self.tree  # what heads have not read yet are nodes still
         try:
             for memory in driver.memories.values():
-                memory.catch_up(int(path.max()) + driver.slots + 1, driver.place)
+                memory.catch_up(int(path.max()) + start + 1, driver.place)
         finally:
             driver.place.tree = None
         for holder in holders:
-            holder.pick(driver.slots, path)
-        driver.keep(most, kept)
+            holder.pick(start, path)

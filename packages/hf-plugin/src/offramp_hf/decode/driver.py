@@ -42,6 +42,10 @@ class Driver:
         self.heads: list[ExitHead] = [run.exits[d] for d in run.exits.at]
         self.context = run.backbone.context()
         self.needs = run.policy.statistics()
+        #: whether somebody wants the logits of all classes at every look
+        self.spreads = "prediction" in self.needs or chooser.sample or not chooser.plain
+        #: whether nobody needs the logits of a look, but for the statistics
+        self.lazy = False
         self.slots = cache.shortest()
         #: tokens in the cache that are not in the ids, when a call brings a cache and only the tokens after it
         self.older = max(0, self.slots - rows.prompt)
@@ -59,9 +63,12 @@ class Driver:
 
     def begin(self, states: dict[int, Tensor]) -> None:
         """Start inside `runner.running()`. states: of the prompt, by depth, for heads that read earlier states."""
-        answers = self.run.memory.get(self.needs)
+        given = self.run.options.draft_vocabulary
+        key = self.needs, given
+        answers = self.run.memory.get(key)
         if answers is None:
-            answers = self.run.memory[self.needs] = Answers(self.heads, self.context, self.needs)
+            ids = range(given) if isinstance(given, int) else given
+            answers = self.run.memory[key] = Answers(self.heads, self.context, self.needs, ids)
         self.answers: Answers = answers
         answers.begin()
         self.read_prompt(states)
@@ -141,7 +148,12 @@ class Driver:
 
     def look(self, index: int, state: Tensor, previous: Tensor | None, position: Tensor) -> Evidence:
         """Return the evidence of exit `index` for the newest tokens. state: [batch, 1, width]."""
-        given = self.answers.look(index, self.read(index, state)) if self.needs & LOGITS else None
+        given = None
+        if self.needs & LOGITS:
+            logits, stats = self.answers.look(index, self.read(index, state), self.lazy)
+            if logits is not None and self.spreads:
+                logits = self.answers.spread(logits)
+            given = logits, stats, self.context.classes if self.spreads else self.answers.classes
         return look(self.run, index, state[:, -1], previous, position, given, self.needs, self.rows.depths)
 
     def predict(self, index: int, state: Tensor) -> Tensor:

@@ -143,8 +143,8 @@ class Early(Driver):
         """
         limit, last = self.run.options.rollback, states.shape[1] - 1
         if self.learning is None and limit is None:
-            return self.context.readout(states[:, -1])
-        logits = self.context.readout(states)
+            return self.answers.readout(states[:, -1])[0]
+        logits, _ = self.answers.readout(states)
         if self.learning is not None:
             self.learning.told(logits, self.slots - last)
         if limit is None or not last:

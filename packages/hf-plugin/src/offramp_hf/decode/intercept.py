@@ -186,6 +186,7 @@ class Call:
 
 def check_rule(run: Run) -> None:
     """Raise `BadArgument` when the draft rule does not fit the exits, or is given where nothing is drafted."""
+    check_vocabulary(run)
     if run.options.verify:
         rule, backbone = run.rule, run.backbone
         if rule.branches and not backbone.trees:  # type: ignore[attr-defined]
@@ -198,3 +199,21 @@ def check_rule(run: Run) -> None:
             f"draft={run.options.draft!r} is for verify=True, which drafts and checks; without it a token is taken as "
             f"the exit gives it: leave draft out, or add verify=True"
         )
+
+
+def check_vocabulary(run: Run) -> None:
+    """Raise `BadArgument` for a draft vocabulary that the model or its exits cannot work with."""
+    some, classes = run.options.draft_vocabulary, run.backbone.context().classes
+    if some is None:
+        return
+    most = some if isinstance(some, int) else max(some) + 1
+    if most > classes:
+        raise BadArgument(f"draft_vocabulary names token {most - 1}, and the model has {classes}: leave it out")
+    if run.gate is not None or "gate" in run.policy.statistics():
+        raise BadArgument(
+            f"draft_vocabulary leaves out tokens that {type(run.policy).__name__}'s gate asks about; leave it out, or "
+            f'use policy "confidence"'
+        )
+    ids = torch.zeros(1, dtype=torch.long, device=next(run.model.parameters()).device)
+    for depth in run.exits.at:  # refused here, before anything changes
+        run.exits[depth].narrowed(ids)

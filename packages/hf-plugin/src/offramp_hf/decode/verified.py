@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,15 @@ LOOK = 0.3
 WIDER = 0.04
 
 
+class Draft(NamedTuple):
+    """token: [batch, 1]; scores: [batch, classes] that it was drawn from, None of the likeliest one; logits: of the
+    exit, None where nobody needs them."""
+
+    token: Tensor
+    scores: Tensor | None
+    logits: Tensor | None
+
+
 class Verified(Driver):
     """Self-speculation with one shared cache (arXiv 2404.16710, 2404.18911); a draft rule says who drafts and how far.
     """
@@ -36,7 +45,9 @@ class Verified(Driver):
         #: whether every row keeps its own number of drafts, or all the smallest
         self.ragged = run.backbone.ragged  # type: ignore[attr-defined]
         self.rule = run.rule
-        self.needs = self.needs | self.rule.needs
+        self.needs = self.needs | self.rule.needs | {"label"}
+        self.spreads |= self.rule.branches
+        self.lazy = not self.spreads and run.gate is None and "gate" not in self.needs
         if self.rule not in run.memory:
             setup = setup_of(run)
             run.memory[self.rule] = self.rule.start(setup), Clock(setup)
@@ -51,6 +62,8 @@ class Verified(Driver):
     def generate(self) -> None:
         """Run rounds until every row has stopped."""
         while not self.rows.done:
+            if self.clock is not None:
+                self.clock.begin(self.rows.batch, self.place.mask is not None, self.ragged and self.rows.batch > 1)
             began = perf_counter()
             self.round()
             if self.clock is not None:
@@ -103,18 +116,17 @@ class Verified(Driver):
             found = self.ask(plan.levels, state, drafts, looks, live)
             if found is None:
                 return
-            token, scores = found
+            token = found.token
             drafts.append(token)
-            guesses.append(scores)
+            if found.scores is not None:
+                guesses.append(found.scores)
             ended = self.rows.batch == 1 and looks[-1].tokens[0] in self.rows.ends
             more = not ended and self.drafter.goes_on(looks[-1], live)
 
     def ask(
         self, levels: Sequence[int], state: Tensor, drafts: list[Tensor], looks: list[Look], live: list[int]
-    ) -> tuple[Tensor, Tensor] | None:
-        """Ask the exits in turn for the next token; returns ([batch, 1] tokens, their scores), or None to stop
-        drafting.
-        """
+    ) -> Draft | None:
+        """Ask the exits in turn for the next token; returns None to stop drafting."""
         policy = self.run.policy
         memory = policy.start(self.rows.batch, state.device)
         position = self.positions(len(drafts))
@@ -126,8 +138,7 @@ class Verified(Driver):
             seen = self.look(level, state, previous, position)
             stop, memory, finite = decide(policy, memory, seen)
             previous = seen.hidden
-            prediction = self.predict(level, state) if seen.prediction is None else seen.prediction
-            scores, token = self.guess(prediction, drafts, seen)
+            scores, token = self.guess(drafts, seen)
             accepted, sure, tokens, bad = _to_host(stop, seen, token, finite)
             self.run.stats.nonfinite += bad
             looks.append(Look(level, len(drafts), sure, tokens, accepted))
@@ -135,7 +146,7 @@ class Verified(Driver):
                 self.clock.look(self.spend(began))
             if self.drafter.wants(looks[-1], live):
                 looks[-1].drafted = True
-                return token[:, None], scores
+                return Draft(token[:, None], scores, seen.prediction)
         return None
 
     def check(self, given: list[list[int]], live: list[int]) -> None:
@@ -153,13 +164,13 @@ class Verified(Driver):
             guesses = list(certain.unbind(1))
         self.settle(drafts, guesses, [], live, [len(row) for row in given])
 
-    def guess(self, prediction: Tensor, drafts: list[Tensor], seen: Evidence) -> tuple[Tensor, Tensor]:
-        """Return (scores [batch, classes], drafted token [batch]) from a head's prediction, as the framework would
-        choose.
+    def guess(self, drafts: list[Tensor], seen: Evidence) -> tuple[Tensor | None, Tensor]:
+        """Return (scores [batch, classes], drafted token [batch]) as the framework would choose from what a head says;
+        no scores where it takes the likeliest.
         """
-        chooser = self.chooser
-        if chooser.plain and not chooser.sample:
-            return prediction, seen.stats["label"] if "label" in seen.stats else prediction.argmax(-1)
+        chooser, prediction = self.chooser, seen.prediction
+        if prediction is None or (chooser.plain and not chooser.sample):
+            return None, seen.stats["label"]
         extra = torch.cat(drafts, 1) if drafts else None
         parts = []
         for row in range(self.rows.batch):
@@ -220,7 +231,7 @@ class Verified(Driver):
         """Return by row what every exit says at the first `count` places of this round."""
         states = {level: torch.cat(parts, 1)[:, :count] for level, parts in self.passed.items()}
         self.passed = {}
-        return shadow_rows(self.heads, states)
+        return shadow_rows(self.answers, states)
 
     def commit(
         self, row: int, tokens: list[int], scores: list[Tensor] | None, logits: Tensor, depth_of: list[int], kept: int
@@ -251,8 +262,10 @@ def setup_of(run: Run) -> Setup:
 def head_cost(run: Run) -> float:
     """Return the cost of one look at an exit in blocks: the head's share of weights, and at least LOOK."""
     count: int = sum(p.numel() for p in run.backbone.chain().blocks[0].parameters())
-    weights: int = sum(p.numel() for p in run.backbone.context().projection.parameters())
-    return max(LOOK, weights / max(count, 1))
+    context, some = run.backbone.context(), run.options.draft_vocabulary
+    weights: int = sum(p.numel() for p in context.projection.parameters())
+    share = 1.0 if some is None else (some if isinstance(some, int) else len(some)) / context.classes
+    return max(LOOK, share * weights / max(count, 1))
 
 
 def _to_host(

@@ -62,11 +62,12 @@ class Pace(Drafter):
         return Plan(awake, min(room, self.length))
 
     def wants(self, look: Look, rows: Sequence[int]) -> bool:
-        """Whether the policy accepts and the draft, kept with the chance of the whole chain, earns its price."""
+        """Whether the policy accepts and the draft, kept with the chance of the whole chain, earns its price; of rows,
+        which come back together, for the one that it helps least."""
         if not super().wants(look, rows):
             return False
         rate = {r: self.chances.get(r, 1.0) * self.chance(look.level, look.sure[r]) for r in rows}
-        if sum(rate.values()) / len(rows) <= self.price(look.level):
+        if min(rate.values()) <= self.price(look.level):
             return False
         self.chances = rate
         return True
@@ -98,7 +99,7 @@ class Pace(Drafter):
     def price(self, index: int) -> float:
         """Return the cost of a draft from exit `index`, as a share of a full token."""
         # the drafted token's own way to the exit is spent again for the token after it
-        return self.setup.draft(index) / self.setup.depth
+        return self.setup.draft(index) / self.setup.depth + self.setup.ragged - 1
 
     def awake(self, index: int) -> bool:
         """Whether the head of exit `index` is worth looking at in this round."""

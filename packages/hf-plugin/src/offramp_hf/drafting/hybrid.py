@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from offramp._registry import register
 from offramp.draft import Drafter, DraftRule, Look, Outcome, Plan, Setup, whole
-from offramp_hf.drafting.adaptive import Adaptive
+from offramp_hf.drafting.adaptive import TRIAL, Adaptive
 from offramp_hf.drafting.lookup import Lookup
 
 
@@ -42,6 +42,7 @@ class Either(Drafter):
         self.text = Lookup(rule.ngram, rule.least, rule.length).start(setup)
         self.exits = Adaptive(rule.length).start(setup)
         self.levels = self.exits.levels
+        self.exits.worth = [TRIAL for _ in setup.depths]  # lookup takes the easy places, exits see the others
         self.gain = 1.1
 
     def begin(self, rows: int) -> None:

@@ -54,6 +54,8 @@ class Finder(Drafter):
         """Forget the texts; what was learned about matches stays."""
         self.places: list[dict[tuple[int, ...], int]] = [{} for _ in range(rows)]
         self.read = [0] * rows
+        #: length of each row's text when it was first seen
+        self.first: dict[int, int] = {}
         #: order of the match behind the drafts of each row
         self.order: dict[int, int] = {}
 
@@ -66,19 +68,22 @@ class Finder(Drafter):
         return self.offer(texts, room)[0]
 
     def offer(self, texts: Sequence[Sequence[int]], room: int) -> tuple[list[list[int]], float]:
-        """Return (drafts of every row, expected tokens per call of the model and row).
+        """Return (drafts of every row, expected tokens in the time of a call without drafts).
 
-        All rows go through the same call, as wide as the longest draft makes it, so they are cut at one length.
+        All rows go through the same call, as wide as the longest draft makes it, so they are cut at one length; and
+        they come back together, so what counts is the row that gains least of those that have the furthest to go.
         """
         self.order = {}
         found = [self.find(row, text, room) if text else ([], 0.0) for row, text in enumerate(texts)]
-        live = sum(bool(text) for text in texts)
-        tokens, powers, best = float(live), [1.0] * len(found), (0, 1.0)
-        for length in range(1, max((len(drafts) for drafts, _ in found), default=0) + 1):
-            for row, (drafts, rate) in enumerate(found):
-                powers[row] *= rate if length <= len(drafts) else 0.0
-                tokens += powers[row]
-            gain = tokens / live / (1 + self.wider * length)
+        made = {row: len(text) - self.first.setdefault(row, len(text)) for row, text in enumerate(texts) if text}
+        least = min(made.values(), default=0)
+        behind = [found[row] for row, count in made.items() if count == least]
+        tokens, powers, best = [1.0] * len(behind), [1.0] * len(behind), (0, 1.0)
+        for length in range(1, min((len(drafts) for drafts, _ in behind), default=0) + 1):
+            for i, (_, rate) in enumerate(behind):
+                powers[i] *= rate
+                tokens[i] += powers[i]
+            gain = min(tokens) / (1 + self.wider * length) / self.setup.ragged
             if gain > best[1]:
                 best = length, gain
         if not best[0]:  # on the way back to the prior, so that it is tried again some day

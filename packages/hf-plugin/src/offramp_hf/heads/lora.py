@@ -22,7 +22,7 @@ from offramp._registry import register
 from offramp.attach import MODULE, Exits
 from offramp.backbone import Tap
 from offramp.errors import BadArgument, DamagedFile, NotAttached
-from offramp.head import ExitHead, HeadContext
+from offramp.head import ExitHead, HeadContext, Rows
 
 #: name of the adapter on the model; not "exits", which is the path of the heads: PEFT looks for names inside of keys
 ADAPTER = "early_exit"
@@ -81,6 +81,16 @@ class TiedLora(LoraLinear):
         if not names or any(n in self.lora_A for n in names):
             super().set_adapter(names, inference_mode)
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return rows [len(ids), width] of the weight with the active adapters merged in."""
+        base: Any = self.base_layer
+        rows: Tensor = base.weight[ids]
+        for name in () if self.disable_adapters else self.active_adapters:
+            if name in self.lora_A:
+                low = self.lora_B[name].weight[ids] @ self.lora_A[name].weight
+                rows = rows + (self.scaling[name] * low).to(rows.dtype)
+        return rows
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return x @ W.T + b + scaling * (x @ A.T) @ B.T; [..., width] -> [..., classes]."""
         name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
@@ -130,6 +140,10 @@ class Lora(ExitHead):
                 f"this model has {type(base.projection).__name__} ({found}): use head='tied' or head='translator'"
             )
         return cls(base)
+
+    def narrowed(self, ids: Tensor) -> ExitHead:
+        """Return the head with some rows of its projection, the adapter merged into them."""
+        return self.sharing(proj=Rows(self.proj, ids))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map hidden [..., width] to logits [..., classes]."""

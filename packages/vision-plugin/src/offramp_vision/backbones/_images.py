@@ -26,6 +26,14 @@ class ImageBackbone(Backbone):
         """Run the model on a tensor of images, or on those of (images, labels) or of a mapping."""
         return self.model(split(batch)[0])
 
+    def batched(self, data: Any, batch_size: int, seed: int | None = None) -> Any:
+        """Return batches of a data set of (image, label) or of rows with an image, preprocessed for this model."""
+        from offramp_vision.data import is_rows, loader, splits_of  # it imports this module
+
+        if splits := splits_of(data):
+            raise BadArgument(f"the data comes in parts ({', '.join(splits)}); give one, e.g. data[{splits[0]!r}]")
+        return loader(data, self.model, self.context().classes, batch_size, seed) if is_rows(data) else data
+
     def observe(self, batch: Any, depths: Sequence[int], whole: bool = False) -> Observed:
         """Return the pooled states of each image at `depths` and at the end, and the labels if the batch has some."""
         images, labels = split(batch)
@@ -47,6 +55,11 @@ class ImageBackbone(Backbone):
         """Let images leave inside one forward; raises `BadArgument` for options of generation."""
         refuse_generation(run.options, f"{type(self.model).__name__} answers once per image")
         return ImagePass(run).install()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what an exits directory must agree with: also the size of images, where the model is built for one."""
+        size = size_of(self.model)
+        return {**super().fingerprint(), **({} if size is None else {"image": size})}
 
     def flag(self) -> Mapping[str, Any] | None:
         """Return the dict under `early_exit` in the model's `pretrained_cfg`, or None."""
@@ -92,14 +105,17 @@ def describe(batch: Any) -> str:
     return f"a {type(batch).__name__}"
 
 
+def size_of(model: nn.Module) -> list[int] | None:
+    """Return the size [height, width] of images that the model is built for, None where it takes any."""
+    given = next((g for m in model.modules() if (g := getattr(m, "img_size", None)) is not None), None)
+    return [given, given] if isinstance(given, int) else given if given is None else list(given)
+
+
 def noise(model: nn.Module, batch: int) -> Tensor:
     """Return images of the size that the model takes, the same each time; the global random state is not touched."""
     config = getattr(model, "pretrained_cfg", None) or {}
     channels, *size = config.get("input_size", (3, 224, 224))
-    for module in model.modules():
-        if (given := getattr(module, "img_size", None)) is not None:
-            size = [given, given] if isinstance(given, int) else list(given)
-            break
+    size = size_of(model) or size
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     like = next(p for p in model.parameters() if p.is_floating_point())
     shape = (batch, channels if first is None else first.in_channels, *size)

@@ -84,8 +84,8 @@ class ImagePass(SinglePass):
         return head.reduce(hidden)
 
     def leaving(self, hidden: Tensor, gone: Tensor) -> Tensor:
-        """Return nothing of the states: only answers are kept."""
-        return hidden[:0]
+        """Return nothing of the states: only answers are kept. An empty view would keep the memory of all of them."""
+        return hidden.new_empty(0)
 
     def restore(self, hidden: Tensor) -> Tensor:
         """Return the state of the images that are left: it goes on as it is."""

@@ -1,0 +1,113 @@
+"""`offramp bench vision --perceiver`: exits on a latent branch against exits on the model's own maps, on digits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+import offramp
+from offramp.attach import Exits
+from offramp.clock import origin
+from offramp.errors import BadArgument
+from offramp.loss import Schedule
+from offramp.record import track
+from offramp_vision import perceiver
+from offramp_vision._compat import import_timm
+
+#: side of the images; three times what a place sees after the second stage, as in large models at 224 pixels
+SIDE, TRAIN = 48, 900
+#: widths of the four stages; plain exits are on a model so much wider that each costs more than the latent one
+NARROW, WIDE = (16, 24, 32, 48), (20, 32, 48, 72)
+#: how a model is trained: name -> its widths; "none" is without exits, the others are heads
+KINDS: Mapping[str, Sequence[int]] = {"none": NARROW, "pooled_linear": WIDE, "conv": WIDE, "perceiver": NARROW}
+AT = (2, 3)
+LATENTS, DEPTHS = 16, (1, 1, 1, 1)
+
+
+def bench(console: Console, seeds: int = 3, steps: int = 300) -> dict[str, Any]:
+    """Train every kind with every seed, print accuracy and cost of each exit, and return plain JSON values."""
+    rows = []
+    runs = [(kind, seed) for kind in KINDS for seed in range(seeds)]
+    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+    for kind, seed in track(runs, "train and test", console.is_terminal):
+        found[kind].append(trained(kind, seed, steps))
+    for kind, each in found.items():
+        accuracies = [one["accuracy"] for one in each]
+        means = [mean(column) for column in zip(*accuracies, strict=True)]
+        rows.append({"name": kind, "widths": list(KINDS[kind]), "accuracy": means, "seeds": accuracies})
+        rows[-1]["flops"] = each[0]["flops"]
+    command = f"offramp bench vision --perceiver --repeats {seeds} --steps {steps}"
+    body = {"format": 1, "title": "Latent exits", "shapes": rows, **origin(command, "timm")}
+    console.print(table(rows))
+    console.print(f"{body['machine']}, {body['date']}", soft_wrap=True)
+    return body
+
+
+def trained(kind: str, seed: int, steps: int) -> dict[str, Any]:
+    """Train one model with its exits, and return the accuracy on unseen digits and the cost of each exit and of all."""
+    train, test = digits(seed)
+    model = convnet(KINDS[kind], seed)
+    exits = attached(model, kind)
+    options: dict[str, Any] = {"batch_size": 64, "lr": 4e-3, "weight_decay": 0.05, "seed": seed, "progress": False}
+    if kind == "none":
+        options["weights"] = Schedule("linear", 0.0, 0.0, 1)  # the exits' losses count nothing
+    offramp.fit(model, train, loss="perceiver", backbone=True, steps=steps, **options)
+    trace = offramp.record(model, test, batch_size=256, costs="flops")
+    if trace.targets is None or trace.costs is None:
+        raise BadArgument("the digits have lost their labels")
+    right = (trace.label == trace.targets[:, None]).double().mean(0).tolist()
+    first = len(exits) if kind == "none" else 0  # untrained exits have nothing to show
+    return {"accuracy": right[first:], "flops": trace.costs.tolist()[first:]}
+
+
+def digits(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return scikit-learn's 1,797 digits, larger, as two parts in an order of their own: to train on, to test on."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise BadArgument("the digits come with scikit-learn: pip install scikit-learn") from error
+    found = load_digits()
+    images = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
+    images = interpolate(images, size=(SIDE, SIDE), mode="bilinear").repeat(1, 3, 1, 1)
+    labels = torch.tensor(found.target)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    train, test = ({"x": images[i], "labels": labels[i]} for i in (order[:TRAIN], order[TRAIN:]))
+    return train, test
+
+
+def convnet(widths: Sequence[int], seed: int) -> nn.Module:
+    """Return a small ConvNeXt of four stages with weights of this seed."""
+    import_timm()
+    from timm.models import ConvNeXt
+
+    torch.manual_seed(seed)
+    model: nn.Module = ConvNeXt(
+        num_classes=10, depths=(1, 1, 1, 1), dims=widths, kernel_sizes=3, patch_size=2, ls_init_value=None
+    )
+    return model.eval()
+
+
+def attached(model: nn.Module, kind: str) -> Exits:
+    """Attach the exits of this kind after the second and the third stage."""
+    if kind == "perceiver":
+        return perceiver.attach(model, LATENTS, at=AT, depths=DEPTHS)
+    return offramp.attach(model, AT, "pooled_linear" if kind == "none" else kind)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Return the table for the terminal: accuracy of each exit, mean of the seeds, and its cost."""
+    out = Table(box=SIMPLE)
+    for n, name in enumerate(("exits", "widths", "first exit", "second exit", "last")):
+        out.add_column(name, justify="right" if n else "left")
+    for r in rows:
+        cells = [f"{a:.1%} at {f / 1e6:.2f} MFLOP" for a, f in zip(r["accuracy"], r["flops"], strict=True)]
+        out.add_row(r["name"], "-".join(map(str, r["widths"])), *[""] * (3 - len(cells)), *cells)
+    return out

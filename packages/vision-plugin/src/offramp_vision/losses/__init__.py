@@ -1,0 +1,1 @@
+"""Training losses for exits of images, one per file, found by file name."""

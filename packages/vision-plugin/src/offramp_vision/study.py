@@ -1,0 +1,108 @@
+"""What the demo and the benchmark of heads start from: small classifiers of timm, and digits in three parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp_vision import digits
+
+Part = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A small classifier and how it is trained. at: depths of its exits; steps, lr: of model and exits together."""
+
+    name: str
+    told: str
+    build: Callable[[], nn.Module]
+    at: tuple[int, ...]
+    steps: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything. train, calibrate, test: images, disjoint; reach: pixels by which training
+    images are moved; share: of training steps; rounds: over the test images on the clock; seed: of split, weights and
+    training, by default not the one (0) on which these settings were chosen.
+    """
+
+    train: int = 1100
+    calibrate: int = 600
+    test: int = 577
+    batch: int = 64
+    reach: int = 2
+    share: float = 1.0
+    rounds: int = 4
+    risk: str = "accuracy_drop"
+    alpha: float = 0.01
+    delta: float = 0.05
+    seed: int = 1
+
+
+QUICK = Plan(train=128, calibrate=256, test=128, share=0.02, rounds=1, alpha=0.2)
+
+
+def vit() -> nn.Module:
+    """Return a vision transformer of 8 blocks, width 96, for 16 patches of 8 x 8 pixels."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(  # type: ignore[no-any-return]
+        img_size=digits.SIDE, patch_size=8, in_chans=1, num_classes=digits.CLASSES, embed_dim=96, depth=8, num_heads=4,
+        mlp_ratio=2,
+    )  # fmt: skip
+
+
+def cnn() -> nn.Module:
+    """Return a residual network of 8 blocks in 4 stages, 48 to 384 channels."""
+    from timm.models.resnet import BasicBlock, ResNet
+
+    return ResNet(  # type: ignore[no-any-return]
+        BasicBlock, (2, 2, 2, 2), in_chans=1, num_classes=digits.CLASSES, channels=(48, 96, 192, 384),
+    )  # fmt: skip
+
+
+SHAPES = (
+    Shape("ViT", "vision transformer, 8 blocks of width 96", vit, (1, 2, 3, 4), 400, 1e-3),
+    Shape("CNN", "ResNet, 8 blocks of 48 to 384 channels", cnn, (1, 2, 4, 6), 200, 1e-3),
+)
+
+
+def fresh(shape: Shape, seed: int) -> Any:
+    """Return the classifier with new weights, in eval mode; the global random state is put back."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return shape.build().eval()
+
+
+def parts(found: digits.Digits, how: Plan) -> list[Part]:
+    """Return the images in three disjoint parts: to train on, to calibrate on, to test on (fewer where fonts are few).
+    """
+    cuts = (0, how.train, how.train + how.calibrate, how.train + how.calibrate + how.test)
+    return [{"x": found.images[a:b], "labels": found.labels[a:b]} for a, b in zip(cuts, cuts[1:], strict=False)]
+
+
+def batches(part: Part, size: int) -> list[Part]:
+    """Return the images in batches, in order."""
+    return [{k: v[i : i + size] for k, v in part.items()} for i in range(0, len(part["labels"]), size)]
+
+
+class Moved:
+    """Training batches in another order each time round, each image moved by up to `reach` pixels both ways."""
+
+    def __init__(self, part: Part, how: Plan) -> None:
+        self.part, self.size, self.reach = part, how.batch, how.reach
+        self.generator = torch.Generator().manual_seed(how.seed)
+
+    def __iter__(self) -> Iterator[Part]:
+        images, labels = self.part["x"], self.part["labels"]
+        for rows in torch.randperm(len(labels), generator=self.generator).split(self.size):
+            by = torch.randint(-self.reach, self.reach + 1, (len(rows), 2), generator=self.generator).tolist()
+            moved = [images[i].roll(tuple(step), (1, 2)) for i, step in zip(rows.tolist(), by, strict=True)]
+            yield {"x": torch.stack(moved), "labels": labels[rows]}

@@ -1,0 +1,51 @@
+"""What the clock makes of measurements: the setup follows what is measured, and no single moment decides for good."""
+
+from offramp.draft import Setup
+from offramp_hf.decode.clock import ENOUGH, Clock
+
+
+def clock():
+    return Clock(Setup((2, 4), 8, (0, 1), 0.3, 0.04))
+
+
+def test_wider_tokens_are_learned():
+    found = clock()
+    for _ in range(50):
+        found.window(8e-3, 0, 8, 1)
+        found.window(8e-3 * (1 + 0.2 * 3), 0, 8, 4)
+    assert abs(found.setup.wider - 0.2) < 0.01
+
+
+def test_a_disturbed_call_does_not_end_drafting():
+    """Another program took the processor for a second while one wide call ran: a token still costs less than a call."""
+    found = clock()
+    for _ in range(ENOUGH):
+        found.window(8e-3, 0, 8, 1)
+    for seconds in (1.0, 2.0):
+        found.window(seconds, 0, 8, 2)
+    assert found.setup.wider < 0.3
+
+
+def test_what_looks_cost_is_in_blocks():
+    found = clock()
+    for _ in range(4 * ENOUGH):
+        found.window(8e-3, 0, 8, 1)
+        found.round(8e-3, [])
+        found.look(2e-3)
+        found.spent = 0.0
+    assert abs(found.setup.head - 2.0) < 0.1
+
+
+def test_rows_of_different_length_have_a_price_until_they_have_it():
+    found = clock()
+    for ragged, seconds in ((False, 4e-3), (True, 7e-3)):
+        for _ in range(2 * ENOUGH):
+            found.begin(8, ragged, True)
+            found.window(seconds, 0, 8, 1)
+            found.round(seconds, [])
+        assert (found.setup.ragged > 1.2) == (not ragged)
+    assert found.setup.ragged == 1.0
+    found.begin(8, False, True)
+    assert abs(found.setup.ragged - 1.75) < 0.01
+    found.begin(1, False, False)
+    assert found.setup.ragged == 1.0
