@@ -28,7 +28,7 @@ MODELS = ("vit_small_patch16_224", "resnet50", "swin_tiny_patch4_window7_224")
 BATCHES = (1, 16, 64, 256)
 #: depths at which images leave, as shares of the depth; a quarter of them runs to the end
 AT = (0.25, 0.5, 0.75)
-#: images whose states heads are clocked on, again and again: what they show takes no time
+#: images to begin with, and those whose states heads are clocked on, again and again: what they show takes no time
 FEW = 16
 
 
@@ -93,6 +93,8 @@ class Parts(Clocked):
 
 def weighed(way: Any, images: Tensor) -> int | None:
     """Return the most memory that one call of a way takes, in bytes; None where the system does not say."""
+    with way.ready():
+        way(images[:FEW])  # what stays from a first call, scratch memory of kernels, is not of this one
     with way.ready(), Peak() as peak:
         way(images)
     return peak.taken
@@ -135,7 +137,7 @@ def measured(model: nn.Module, batch: int, ask: Ask) -> dict[str, Any]:
         parts = {rows: Parts(exits.backbone.chain().blocks, model, rows) for rows in {batch, *left} - {0}}
         # on the scales first, which warms up: they hand freed memory back to the system, and taking it again takes time
         peaks = {"peak_bytes": weighed(early, images), "peak_bytes_full": weighed(parts[batch], images)}
-        ways = {"early": early, **{str(rows): way for rows, way in parts.items()}}
+        ways: dict[str, Any] = {"early": early, **{str(rows): way for rows, way in parts.items()}}
         timed = interleaved(ways, [images] * ask.repeats, warm=0)
         kept = {rows: way.kept[-ask.repeats :] for rows, way in parts.items()}
         ideal = [sum(kept[n][r][i] for i, n in enumerate(left) if n) for r in range(ask.repeats)]
