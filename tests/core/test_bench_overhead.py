@@ -15,8 +15,9 @@ def test_rows_leave_and_the_parts_are_measured():
         assert set(row["parts_ms"]) == {"blocks", "heads", "policy", "rest"} and min(row["parts_ms"].values()) > 0
         assert set(row["full_parts_ms"]) == {"blocks", "heads", "rest"} and row["executor"] == "single_pass"
         assert row["full_ms"] > 0 and row["realised"] is not None and not row["compiled"]
-        spent = row["parts_ms"]
-        assert row["overhead"] == pytest.approx((spent["policy"] + spent["rest"]) / sum(spent.values()))
+        spent, full = row["parts_ms"], row["full_parts_ms"]
+        assert row["overhead"] == pytest.approx((spent["policy"] + spent["rest"]) / sum(full.values()))
+        assert row["full_overhead"] == pytest.approx(full["rest"] / sum(full.values()))
 
 
 def test_the_clock_leaves_no_trace():

@@ -82,12 +82,12 @@ def row(
     whole: dict[str, float], compiled: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Return one row of the table. full, early: seconds of one call; ideal: those that the skipped blocks take in the
-    full model; parts, whole: milliseconds by part of the early and of the full call; overhead, full_overhead: the share
-    of each that is spent outside blocks and heads.
+    full model; parts, whole: milliseconds by part of the early and of the full call; overhead, full_overhead: what each
+    spends outside blocks and heads, as a share of the full call.
     """
 
     def overhead(spent: dict[str, float]) -> float:
-        return 1 - sum(spent.get(name, 0.0) for name in ("blocks", "heads")) / sum(spent.values())
+        return sum(took for name, took in spent.items() if name not in ("blocks", "heads")) / sum(whole.values())
 
     return {
         "executor": executor,

@@ -66,7 +66,7 @@ def bench_overhead(
     body = measure(executor, repeats, compiled, depth=depth, width=width, batch=batch, tokens=tokens)
     names = sorted({name for row in body["rows"] for name in row["parts_ms"]})
     table = Table("executor", "rows leave", "full ms", "early ms", "blocks saved", "realised / ideal", "overhead",
-                  "of the full model", *(f"{n} ms" for n in names))  # fmt: skip
+                  "full model", *(f"{n} ms" for n in names))  # fmt: skip
     for row in body["rows"]:
         parts = [f"{row['parts_ms'].get(name, 0):.3g}" for name in names]
         realised = "-" if row["realised"] is None else f"{row['realised']:.2f}"

@@ -72,7 +72,8 @@ def _advice(error: BaseException) -> str:
     """Return what to do about a compiler that failed."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    first = str(error).strip().splitlines()[0]
+    inner = getattr(error, "inner_exception", error)
+    first = f"{type(inner).__name__}: {inner}".strip().splitlines()[0]
     return (
         f"compile=True: torch could not compile a block ({first}). A process that was stopped while it compiled leaves "
         f"half a file behind, which torch takes for a whole one: remove {cache_dir()} and run again; or leave compile "

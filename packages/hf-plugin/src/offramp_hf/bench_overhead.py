@@ -28,8 +28,8 @@ TOKENS = 17
 def decode(repeats: int, blocks: int = BLOCKS, width: int = WIDTH, tokens: int = TOKENS) -> list[dict[str, Any]]:
     """Return rows of a random bf16 Llama, one text, milliseconds per token after the first, which the prefill gives.
 
-    Exits at half of the blocks: all tokens leave there; all are drafted there and verified; none is and the decoder
-    still asks. Overhead is all that runs outside blocks, heads and readout; in plain `generate` the framework's own.
+    An exit at half of the blocks: all tokens leave there; none does, and is asked all the same. Overhead is all that
+    runs outside blocks, heads and readout; in plain `generate` it is the framework's own.
     """
     model, half = wide_model(width, blocks), blocks // 2
     ids = torch.arange(PROMPT)[None] % model.config.vocab_size
@@ -38,9 +38,6 @@ def decode(repeats: int, blocks: int = BLOCKS, width: int = WIDTH, tokens: int =
         first = _way(model, "prefill", 1)
         cases = {
             "all at half": _way(model, "early", tokens, offramp.policy("fixed", depth=half)),
-            "verified, 4 drafts": _way(
-                model, "verified", tokens, offramp.policy("fixed", depth=half), verify=True, draft=4
-            ),
             "asked, none leaves": _way(model, "asked", tokens, offramp.policy("confidence", threshold=1.0)),
         }
         full, prefill = Clocked(exits.backbone.blocks, plain), Clocked(exits.backbone.blocks, first)  # type: ignore[attr-defined]
@@ -53,7 +50,7 @@ def decode(repeats: int, blocks: int = BLOCKS, width: int = WIDTH, tokens: int =
         of_full = per_token(plain, first, ids, framework(model, exits), tokens, repeats)
         rows = []
         for name, way in cases.items():
-            start = _way(model, "prefill", 1, way.policy, **way.enabled)
+            start = _way(model, "prefill", 1, way.policy)
             parts = per_token(way, start, ids, ours(model, exits, way.policy), tokens, repeats)
             took, whole = ((middle[n] - middle["first"]) / (tokens - 1) for n in (name, "generate"))
             saved = 1 - (1 - way.stats.saved) * tokens / (tokens - 1) + 1 / (tokens - 1)  # without the prefill
@@ -61,8 +58,8 @@ def decode(repeats: int, blocks: int = BLOCKS, width: int = WIDTH, tokens: int =
     return rows
 
 
-def _way(model: Any, name: str, tokens: int, policy: Any = None, **enabled: Any) -> Generate:
-    return Generate(name, model, tokens, policy, enabled, {"eos_token_id": None})
+def _way(model: Any, name: str, tokens: int, policy: Any = None) -> Generate:
+    return Generate(name, model, tokens, policy, arguments={"eos_token_id": None})
 
 
 def per_token(

@@ -55,7 +55,7 @@ def reference(drafts: Tensor, target: Tensor, lengths: Tensor, parents: Tensor |
     """Walk down with torch: a draft stands when its parent does and the model says it there; the first of equals wins.
     """
     rows, count = drafts.shape
-    if parents is None:  # a chain needs no walk: 24 us for 8 rows of 5 drafts, and 190 us draft by draft
+    if parents is None:  # a chain needs no walk draft by draft: 8 operations, whatever its length
         stands = (target[:, :count] == drafts) & (torch.arange(count, device=drafts.device) < lengths[:, None])
         accepted = stands.long().cumprod(-1).sum(-1)
         return Verified(accepted, target.gather(1, accepted[:, None]).squeeze(1), _slots(accepted, count))
