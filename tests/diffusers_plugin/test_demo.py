@@ -35,7 +35,7 @@ def test_what_the_demo_counts_is_what_ran(made):
     assert rows["early"]["saved"] >= 0.2 and rows["early"]["saved"] == rows["early, untuned"]["saved"]
     assert rows["early + first_block_cache"]["saved"] >= rows["early"]["saved"]
     assert rows["two_stage"]["saved"] > 0.4 and body["schedules"]["two_stage"] == [8, 2]
-    assert sum(body["schedules"]["early, as few blocks as two_stage"]) <= 10 * (0.3 * 8 + 0.7 * 2) + 1e-9
+    assert sum(body["schedules"]["early, bolder"]) <= 10 * (0.3 * 8 + 0.7 * 2) + 1e-9
     assert len(body["runs"]) == 3 * len(rows) and table(body).row_count == len(rows)
 
 

@@ -39,6 +39,8 @@ def test_images_leave_as_planned():
         model(torch.randn(8, 3, 32, 32))
         assert run.stats.exits == {3: 2, 6: 2, 9: 2, 12: 2}
         left = _left(run.stats.last_depths, exits.backbone.depth)
+        planned = torch.tensor([*exits.at, 12])[Evenly().start(8, "cpu")["leaves"]]
+    assert planned.tolist() == run.stats.last_depths.tolist()
     assert left == [8] * 3 + [6] * 3 + [4] * 3 + [2] * 4 and run.stats.blocks_run == sum(left[:-1])
 
 

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from offramp.cli import build
+import offramp
+from offramp.cli import build, console
 from offramp.report import html, read
 from offramp_vision import bench_heads, demo, digits, study
 from offramp_vision.study import QUICK, SHAPES, Moved, Shape, batches, fresh, parts
+from offramp_vision.training import RECORD, fitted
 
 
 def tiny():
@@ -25,7 +28,7 @@ def tiny():
 
 @pytest.fixture
 def small(monkeypatch):
-    shapes = (Shape("ViT", "tiny transformer", tiny, (1, 2, 3, 4), 100, 3e-3),)
+    shapes = (Shape("ViT", "tiny transformer", tiny, (1, 2, 3, 4), 100, 3e-3, "lgvit", {"heads": 4}),)
     for module in (demo, bench_heads):
         monkeypatch.setattr(module, "SHAPES", shapes)
     return shapes[0]
@@ -48,9 +51,22 @@ def test_demo_writes_a_report_with_images_and_a_certificate(small, tmp_path):
     right = sum(g["count"] * g["right"] for g in groups if g["count"]) / QUICK.test
     row = one["policies"][0]
     assert right == pytest.approx(row["accuracy"]) == pytest.approx(row["live_accuracy"])
-    assert row["speedup"] > 0 and "1,797 handwritten" in body["data"] and 0 <= one["accuracy_alone"] <= 1
+    assert row["speedup"] > 0 and "1,797 handwritten" in body["data"] and 0 <= one["fit"]["accuracy_alone"] <= 1
     shown = next(g["shown"] for g in groups if g["shown"])
     assert Image.open(io.BytesIO(base64.b64decode(shown[0]["png"]))).size == (32, 32)
+
+
+def test_what_was_fitted_is_loaded_again_and_says_the_same(small, tmp_path, monkeypatch):
+    how = study.Plan(train=96, calibrate=32, test=64, share=0.02)
+    split = parts(digits.load(1, fonts=False), how)
+    model, fit = fitted(small, split, how, tmp_path, console())
+    first = offramp.record(model, split[2])
+    again, kept = fitted(small, split, replace(how, alpha=0.5), tmp_path, console())
+    assert kept == {**fit, "reused": True} and not fit["reused"]
+    assert offramp.record(again, split[2]).data_hash == first.data_hash
+    assert not fitted(small, split, replace(how, reach=0), tmp_path, console())[1]["reused"]
+    (tmp_path / RECORD).write_text("{")
+    assert not fitted(small, split, how, tmp_path, console())[1]["reused"]
 
 
 def test_bench_tells_every_way_at_every_exit(small, tmp_path, monkeypatch):

@@ -21,12 +21,17 @@ def add(app: typer.Typer) -> None:
     group(app, "bench").command("diffusion")(bench_diffusion)
 
 
-def demo_diffusion(folder: Folder = Path("demo"), quick: Quick = False, out: Json = None) -> None:
-    """Train a small DiT on digits, fit a schedule of depths, and sample with fewer blocks."""
+def demo_diffusion(
+    folder: Folder = Path("demo"),
+    quick: Quick = False,
+    model: Annotated[str, typer.Option(help="dit, or uvit: its deep blocks also read states of shallow ones.")] = "dit",
+    out: Json = None,
+) -> None:
+    """Train a small denoiser on digits, fit a schedule of depths, and sample with fewer blocks."""
     from offramp_diffusers.demo import run
     from offramp_diffusers.page import summary
 
-    body = run(folder, quick, console())
+    body = run(folder, quick, console(), model)
     write_json(out, body)
     console().print(table(body))
     console().print(escape(summary(body)), soft_wrap=True)

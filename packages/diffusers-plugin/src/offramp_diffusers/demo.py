@@ -15,8 +15,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import offramp
+from offramp._plugins import adapt
 from offramp.cli import dump_json, step
 from offramp.clock import origin
+from offramp.errors import BadArgument
 from offramp.policy import FULL
 from offramp_diffusers import digits
 from offramp_diffusers.fit_schedule import fit_schedule
@@ -49,15 +51,20 @@ class Plan:
     judge: int = 600
 
 
+#: the U-ViT takes 1.8 times as long for a step
+PLANS = {"dit": Plan(), "uvit": Plan(base=600, more=400, measured=200, rows=1000)}
+#: the cache that is shown: diffusers' own do not know the blocks of the U-ViT
+CACHES = {"dit": "first_block_cache", "uvit": "deep_cache"}
 QUICK = Plan(8, 6, 3, 2, 40, 20, 3, 5)
 
 
 @dataclass
 class Study:
-    """What was trained: the classifier and how often it is right, the ways, the errors of every depth, the features of
-    real images; and what came out: a row per solver and way, images by way, and the full model's distance with other
-    seeds."""
+    """What was trained: the kind of model, the classifier and how often it is right, the ways, the errors of every
+    depth, the features of real images; and what came out: a row per solver and way, images by way, and the full model's
+    distance with other seeds."""
 
+    model: str
     judge: digits.Judge
     judged: float
     ways: list[Way]
@@ -72,13 +79,15 @@ class Study:
         return Trial(self.judge, self.real, rows, steps, solver)
 
 
-def run(folder: Path, quick: bool, console: Console) -> dict[str, Any]:
-    """Write report.json and report.html into `folder`, and return what the JSON holds."""
+def run(folder: Path, quick: bool, console: Console, model: str = "dit") -> dict[str, Any]:
+    """Write report.json and report.html into `folder`, and return what the JSON holds; model: of `digits.MODELS`."""
     from offramp.checkpoint import write_text
     from offramp_diffusers.page import html
 
-    started, plan = time.perf_counter(), QUICK if quick else Plan()
-    study = train(plan, console)
+    if model not in digits.MODELS:
+        raise BadArgument(f"no model is called {model!r}; known: {', '.join(digits.MODELS)}")
+    started, plan = time.perf_counter(), QUICK if quick else PLANS[model]
+    study = train(plan, console, model)
     with step(console, "choose the cache's settings at equal quality, and the gate's threshold at equal blocks"):
         choose(study, plan)
     with step(console, f"sample with {len(solvers())} solvers, {len(study.ways)} ways each"):
@@ -89,7 +98,7 @@ def run(folder: Path, quick: bool, console: Console) -> dict[str, Any]:
     return body
 
 
-def train(plan: Plan, console: Console, alone: bool = False) -> Study:
+def train(plan: Plan, console: Console, name: str = "dit", alone: bool = False) -> Study:
     """Train everything that is compared. All tuned models go on from the same untuned one, for as many steps; alone:
     only the full model and the one with the fitted schedule."""
     images, labels = digits.load()
@@ -98,9 +107,9 @@ def train(plan: Plan, console: Console, alone: bool = False) -> Study:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         trainer = _Trainer({"sample": images, "class_labels": labels}, plan, console)
-        model: Any = digits.make()
-        full = TimeSchedule((len(model.transformer_blocks),))
-        with step(console, f"train a DiT of {full.depths[0]} blocks on {len(images)} digits"):
+        model = digits.MODELS[name]()
+        full = TimeSchedule((adapt(model).depth,))
+        with step(console, f"train a {name} of {full.depths[0]} blocks on {len(images)} digits"):
             trainer.tune(model, full, plan.base, 0, lr=2e-3)
         every = trainer.tuned(model, None, plan.measured, 1, "every depth a little, so that they can be compared")
         with step(console, "measure every depth at every noise level, and solve for the schedule"):
@@ -109,15 +118,15 @@ def train(plan: Plan, console: Console, alone: bool = False) -> Study:
         early = trainer.tuned(model, fitted, plan.more, 2, f"the fitted schedule {list(fitted.depths)}")
         longer = trainer.tuned(model, full, plan.more, 2, "the full model, so that training is not what is compared")
         ways = [Way("full", longer), Way("early", early, fitted)]
-        ways += [] if alone else _others(trainer, model, every, table, ways)
+        ways += [] if alone else _others(trainer, model, every, table, ways, CACHES[name])
     with torch.no_grad():
-        return Study(judge, accuracy, ways, table, judge.features(images))
+        return Study(name, judge, accuracy, ways, table, judge.features(images))
 
 
-def _others(trainer: _Trainer, model: Any, every: Any, table: Tensor, ways: list[Way]) -> list[Way]:
+def _others(trainer: _Trainer, model: Any, every: Any, table: Tensor, ways: list[Way], cache: str) -> list[Way]:
     """Return what the full model and the fitted schedule, `ways`, are compared with."""
     full, early = ways
-    depth, plan = len(model.transformer_blocks), trainer.plan
+    depth, plan = adapt(model).depth, trainer.plan
     fixed = two_stage(round(DUO * depth), depth)
     deep = fixed.cuts[0] / FULL
     bold = fit_schedule(table, deep + (1 - deep) * fixed.depths[1] / depth)
@@ -130,11 +139,11 @@ def _others(trainer: _Trainer, model: Any, every: Any, table: Tensor, ways: list
         tune_uncertainty(gated, trainer.data, trainer.scheduler, **common)
     return [
         Way("two_stage", other, fixed),
-        Way("early, as few blocks as two_stage", bolder, bold),
+        Way("early, bolder", bolder, bold),
         Way("early, untuned", full.model, early.policy),
         Way("uncertainty", gated, Uncertainty(0.5)),
-        Way("first_block_cache", full.model, None, "first_block_cache"),
-        Way("early + first_block_cache", early.model, early.policy, "first_block_cache"),
+        Way(cache, full.model, None, cache),
+        Way(f"early + {cache}", early.model, early.policy, cache),
     ]
 
 
@@ -223,12 +232,13 @@ def body_of(study: Study, plan: Plan, seconds: float) -> dict[str, Any]:
         pairs = zip(row["frechet_by_seed"], full["frechet_by_seed"], strict=True)
         row["against_full_by_seed"] = [mine / its - 1 for mine, its in pairs]
     again = [study.rows[0]["frechet"], *study.again]
+    command = "offramp demo diffusion" + f" --model {study.model}" * (study.model != "dit")
     plans = {way.name: way.policy for way in study.ways if isinstance(way.policy, TimeSchedule)}
     return {
         "format": 2,
         "title": "offramp demo diffusion",
-        **origin("offramp demo diffusion" + (" --quick" if plan == QUICK else ""), "diffusers"),
-        "model": f"DiT, {study.errors.shape[1]} blocks, trained here on scikit-learn's digits",
+        **origin(command + " --quick" * (plan == QUICK), "diffusers"),
+        "model": f"{study.model}, {study.errors.shape[1]} blocks, trained here on scikit-learn's digits",
         "seconds": seconds,
         "samples": plan.rows,
         "solver_steps": plan.solver,

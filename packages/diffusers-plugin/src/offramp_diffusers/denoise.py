@@ -28,10 +28,6 @@ if TYPE_CHECKING:
     from offramp_diffusers.backbones.transformer import TransformerBackbone
 
 
-#: heads that hand the state on as it is
-AS_IT_IS = ("passthrough", "uncertainty")
-
-
 class Denoise:
     """Drives one call of the user's own denoiser; bound methods are hooked in, so a deep copy of the model works too.
 
@@ -127,8 +123,7 @@ class Denoise:
         """Raise where another library took our hooks off the blocks, so that the full model would run and nobody would
         know, and where heads would not get the states of a cache that is on top: it reuses what came of another depth.
         """
-        maps = bool(self.run.exits.at) and self.run.exits.head not in AS_IT_IS
-        if maps and (cache := _compat.cached(self.chain.blocks[0])) is not None:
+        if self.acting and (cache := _compat.cached(self.chain.blocks[0])) is not None:
             raise BadArgument(
                 f"{cache} is on top of exits with heads {self.run.exits.head!r}: what it adds at a step that it skips "
                 f"was kept at another, maybe of another depth, and these heads are trained for one depth each. Take "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,17 @@ def make(depth: int = 8, width: int = 48) -> nn.Module:
         nn.init.zeros_(block.norm1.linear.bias)
     nn.init.zeros_(model.proj_out_2.weight)
     return model  # type: ignore[no-any-return]
+
+
+def make_uvit() -> nn.Module:
+    """Return a fresh U-ViT of as many blocks: the deep ones also read the states of shallow ones."""
+    from offramp_diffusers.uvit import UViT
+
+    return UViT()
+
+
+#: denoisers that can be shown, by name
+MODELS: dict[str, Callable[[], nn.Module]] = {"dit": make, "uvit": make_uvit}
 
 
 class Judge(nn.Module):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,9 +28,7 @@ MODELS = ("vit_small_patch16_224", "resnet50", "swin_tiny_patch4_window7_224")
 BATCHES = (1, 16, 64, 256)
 #: depths at which images leave, as shares of the depth; a quarter of them runs to the end
 AT = (0.25, 0.5, 0.75)
-#: batches up to this many images run once before the clock; a larger one takes so long that the first call counts
-WARM = 64
-#: images whose states heads are clocked on, again and again: what they show takes no time
+#: images to begin with, and those whose states heads are clocked on, again and again: what they show takes no time
 FEW = 16
 
 
@@ -55,12 +52,12 @@ class Evenly(ExitPolicy):
     needs: ClassVar[frozenset[str]] = frozenset({"top1"})
 
     def start(self, batch: int, device: torch.device | str) -> State:
-        """Number the images."""
-        return {"row": torch.arange(batch, device=device) + (batch == 1)}
+        """Say at which exit each image leaves; the number after the last: at none."""
+        return {"leaves": (torch.arange(batch, device=device) + (batch == 1)) % (len(AT) + 1)}
 
     def step(self, state: State, seen: Evidence) -> tuple[Tensor, State]:
         """Stop the images whose turn it is."""
-        return state["row"] % (len(AT) + 1) <= seen.index, state
+        return state["leaves"] <= seen.index, state
 
 
 class Parts(Clocked):
@@ -94,24 +91,13 @@ class Parts(Clocked):
         return result
 
 
-class Weighed:
-    """Another way, and the most memory that each of its calls took, in bytes."""
-
-    def __init__(self, way: Any) -> None:
-        self.way = way
-        self.stats: Any = getattr(way, "stats", None)
-        self.taken: list[int | None] = []
-
-    @contextmanager
-    def ready(self) -> Iterator[None]:
-        """Get the way ready, and put it on the scales, outside the clock."""
-        with self.way.ready(), Peak() as peak:
-            yield
-        self.taken.append(peak.taken)
-
-    def __call__(self, images: Tensor) -> Any:
-        """Run the way."""
-        return self.way(images)
+def weighed(way: Any, images: Tensor) -> int | None:
+    """Return the most memory that one call of a way takes, in bytes; None where the system does not say."""
+    with way.ready():
+        way(images[:FEW])  # what stays from a first call, scratch memory of kernels, is not of this one
+    with way.ready(), Peak() as peak:
+        way(images)
+    return peak.taken
 
 
 def bench(ask: Ask, console: Console) -> dict[str, Any]:
@@ -142,25 +128,21 @@ def measured(model: nn.Module, batch: int, ask: Ask) -> dict[str, Any]:
     ideal: every part of the model at the time that it takes in a batch of just the images that are left, which never
     held others: a smaller batch takes less time per image where memory is the limit, and so the time of the full
     batch times the share of images would be another model's; heads: time of all heads on the images that reach them,
-    in the measured time already; memory: the most above what was held before, with exits and in full.
+    in the measured time already; peak_bytes: the most memory above what was held before, with exits and in full.
     """
     images = noise(model, batch)
     with offramp.attach(model, AT, ask.head) as exits:
-        early = Weighed(Early(model, Evenly()))
-        with early.ready():
-            early(images)  # warms up, and says who leaves where
-        left = _left(early.stats.last_depths, exits.backbone.depth)
-        blocks = exits.backbone.chain().blocks
-        parts = {rows: Parts(blocks, model, rows) for rows in {batch, *left} - {0}}
-        full = Weighed(parts[batch])
-        ways: dict[str, Any] = {"early": early, "full": full, **{str(n): way for n, way in parts.items() if n < batch}}
-        timed = interleaved(ways, [images] * ask.repeats, warm=int(batch <= WARM))
+        early, depth = Early(model, Evenly()), exits.backbone.depth
+        left = _left(torch.tensor([*exits.at, depth])[Evenly().start(batch, "cpu")["leaves"]], depth)
+        parts = {rows: Parts(exits.backbone.chain().blocks, model, rows) for rows in {batch, *left} - {0}}
+        # on the scales first, which warms up: they hand freed memory back to the system, and taking it again takes time
+        peaks = {"peak_bytes": weighed(early, images), "peak_bytes_full": weighed(parts[batch], images)}
+        ways: dict[str, Any] = {"early": early, **{str(rows): way for rows, way in parts.items()}}
+        timed = interleaved(ways, [images] * ask.repeats, warm=0)
         kept = {rows: way.kept[-ask.repeats :] for rows, way in parts.items()}
         ideal = [sum(kept[n][r][i] for i, n in enumerate(left) if n) for r in range(ask.repeats)]
         heads = _heads(exits, images, left, ask.repeats)
-    row = _row(timed["full"], timed["early"], ideal, heads, early.stats.saved, batch)
-    peaks = {"peak_bytes": early, "peak_bytes_full": full}
-    return {**row, **{name: _middle(way.taken[-ask.repeats :]) for name, way in peaks.items()}}
+    return {**_row(timed[str(batch)], timed["early"], ideal, heads, early.stats.saved, batch), **peaks}
 
 
 def _left(depths: Tensor, depth: int) -> list[int]:
@@ -170,12 +152,6 @@ def _left(depths: Tensor, depth: int) -> list[int]:
     """
     left = [int((depths > block).sum()) for block in range(depth)]
     return [*left, left[-1]]
-
-
-def _middle(values: Sequence[int | None]) -> float | None:
-    """Return the median, None where the system tells nothing."""
-    known = [v for v in values if v is not None]
-    return statistics.median(known) if known else None
 
 
 def _heads(exits: Exits, images: Tensor, left: Sequence[int], repeats: int) -> float:

@@ -15,14 +15,16 @@ import offramp
 from offramp.cli import step
 from offramp.clock import one_thread, origin
 from offramp_vision import digits
-from offramp_vision.demo import HEAD_CONFIG, trained
 from offramp_vision.study import SHAPES, Part, Plan, Shape, parts
+from offramp_vision.training import trained
 
+#: depths of the exits: four, for which LGViT has two kinds of heads in two forms each
+AT = {"ViT": (1, 2, 3, 4), "CNN": (2, 4, 5, 6)}
 #: ways to train exits of a frozen model: head, its options, loss
 WAYS: dict[str, tuple[str, dict[str, Any], str]] = {
     "pooled_linear": ("pooled_linear", {}, "labels"),
-    "lgvit, labels": ("lgvit", HEAD_CONFIG, "labels"),
-    "lgvit": ("lgvit", HEAD_CONFIG, "lgvit"),
+    "lgvit, labels": ("lgvit", {"heads": 4}, "labels"),
+    "lgvit": ("lgvit", {"heads": 4}, "lgvit"),
 }
 
 
@@ -32,8 +34,8 @@ class Ask:
     classifier's training steps."""
 
     seeds: int = 3
-    steps: int = 200
-    share: float = 1.0
+    steps: int = 100
+    share: float = 0.4
 
 
 @one_thread()
@@ -59,9 +61,9 @@ def bench(ask: Ask, console: Console) -> dict[str, Any]:
 def exits_of(shape: Shape, how: Plan, split: list[Part], steps: int) -> dict[str, list[float]]:
     """Return by way how right each exit is on the test images, and last the full model, of one classifier."""
     train, _, tested = split
-    model, out = trained(shape, train, how, max(2, round(shape.steps * how.share)), exits=False), {}
+    model, out = trained(shape, train, how, exits=False), {}
     for name, (head, options, loss) in WAYS.items():
-        with offramp.attach(model, shape.at, head, **options):
+        with offramp.attach(model, AT[shape.name], head, **options):
             common: dict[str, Any] = {"batch_size": how.batch, "seed": how.seed, "progress": False}
             offramp.fit(model, train, loss=loss, steps=steps, lr=2e-3, rows=how.batch, **common)
             trace = offramp.record(model, tested, batch_size=how.batch)
@@ -75,7 +77,7 @@ def _row(shape: Shape, way: str, said: list[list[float]]) -> dict[str, Any]:
     columns = list(zip(*said, strict=True))
     spread = [statistics.stdev(c) if len(c) > 1 else 0.0 for c in columns]
     means = [statistics.mean(c) for c in columns]
-    body = {"model": shape.name, "way": way, "depths": list(shape.at)}
+    body = {"model": shape.name, "way": way, "depths": list(AT[shape.name])}
     return {**body, "accuracy": means, "spread": spread, "seeds": said}
 
 

@@ -21,15 +21,14 @@ from offramp.report import FORMAT, save
 from offramp.report.curves import summary
 from offramp.report.scores import exit_scores
 from offramp.report.words import promise
-from offramp.stages import LastLayer
 from offramp_vision import digits
-from offramp_vision.study import QUICK, SHAPES, Moved, Part, Plan, Shape, batches, fresh, parts
+from offramp_vision.study import QUICK, SHAPES, Part, Plan, Shape, batches, parts
+from offramp_vision.training import fitted
 
-#: head and loss of the exits, trained together with the model: LGViT's heads, and the last layer pulls and is pulled
-HEAD, HEAD_CONFIG = "lgvit", {"heads": 4}
-LOSS: dict[str, Any] = {"curriculum": "none", "weighting": "uniform", "own": 0.3, "pull": 0.3}
+#: folder of the fitted classifiers, in that of the report
+FITTED = "vision"
 #: policies on the clock; the first is the one that is shown, and of which the promise is told
-POLICIES = ("confidence", "margin", "entropy", "energy", "patience", "never")
+POLICIES = ("confidence", "margin", "entropy", "never")
 #: images shown per depth
 SHOWN = 36
 
@@ -42,7 +41,7 @@ def run(folder: Path, quick: bool, console: Console) -> dict[str, Any]:
         found = digits.load(how.seed)
     console.print(f"  {found.source}", soft_wrap=True)
     split = parts(found, how)
-    runs = [study(shape, split, how, console) for shape in SHAPES]
+    runs = [study(shape, split, how, folder, console) for shape in SHAPES]
     seconds = time.perf_counter() - started
     command = "offramp demo vision" + " --quick" * quick
     body = {
@@ -61,14 +60,10 @@ def run(folder: Path, quick: bool, console: Console) -> dict[str, Any]:
     return body
 
 
-def study(shape: Shape, split: list[Part], how: Plan, console: Console) -> dict[str, Any]:
-    """Train one classifier with exits, calibrate and measure it; returns its part of the report."""
-    train, chosen, tested = split
-    steps = max(2, round(shape.steps * how.share))
-    with step(console, f"{shape.name}: train the {shape.told} without exits, to compare with"):
-        alone = accuracy(trained(shape, train, how, steps, exits=False), tested, how.batch)
-    with step(console, f"{shape.name}: train it with exits at {', '.join(map(str, shape.at))}"):
-        model = trained(shape, train, how, steps, exits=True)
+def study(shape: Shape, split: list[Part], how: Plan, folder: Path, console: Console) -> dict[str, Any]:
+    """Train one classifier with exits, or load it, calibrate and measure it; returns its part of the report."""
+    _, chosen, tested = split
+    model, fit = fitted(shape, split, how, folder / FITTED / shape.name, console)
     exits = find(model)
     with step(console, f"{shape.name}: record and calibrate: {how.risk} at most {how.alpha:.0%}"):
         first, second = (offramp.record(model, part, batch_size=how.batch) for part in (chosen, tested))
@@ -84,7 +79,7 @@ def study(shape: Shape, split: list[Part], how: Plan, console: Console) -> dict[
     return {
         "name": shape.name,
         "unit": "image",
-        "model": f"{shape.told}, exits at {', '.join(map(str, shape.at))} ({HEAD})",
+        "model": f"{shape.told}, exits at {', '.join(map(str, shape.at))} ({shape.head})",
         **made,
         "trace": summary(second, found[POLICIES[0]] if made["certificate"] else None, POLICIES[:-1]),
         "policies": rows,
@@ -92,30 +87,8 @@ def study(shape: Shape, split: list[Part], how: Plan, console: Console) -> dict[
         "exit_scores": exit_scores(second),
         "images": sheet(tested, second, found[POLICIES[0]].policy),
         "clock": clock,
-        "accuracy_alone": alone,
+        "fit": fit,
     }
-
-
-def trained(shape: Shape, train: Part, how: Plan, steps: int, exits: bool) -> Any:
-    """Return the classifier trained with exits on it, or alone, for as many steps."""
-    model = fresh(shape, how.seed)
-    common: dict[str, Any] = {"steps": steps, "lr": shape.lr, "weight_decay": 0.02, "batch_size": how.batch}
-    with torch.random.fork_rng():
-        torch.manual_seed(how.seed)
-        if exits:
-            offramp.attach(model, shape.at, HEAD, **HEAD_CONFIG)
-            offramp.fit(model, Moved(train, how), loss="layerskip", backbone=True, **LOSS, **common)
-        else:
-            with offramp.attach(model, shape.at[:1], "pooled_linear"):
-                offramp.fit(model, Moved(train, how), loss=LastLayer(), backbone=True, **common)
-    return model
-
-
-@torch.no_grad()
-def accuracy(model: Any, part: Part, size: int) -> float:
-    """Return the share of images on which the full model is right."""
-    right = [(model(b["x"]).argmax(-1) == b["labels"]) for b in batches(part, size)]
-    return float(torch.cat(right).double().mean())
 
 
 def sheet(part: Part, trace: offramp.Trace, policy: offramp.ExitPolicy) -> list[dict[str, Any]]:
@@ -162,7 +135,7 @@ def told(body: dict[str, Any], sizes: list[int]) -> dict[str, Any]:
             continue
         said.append(
             f"{one['name']}: right on {row['accuracy']:.1%} of the test images (full model {full:.1%}; trained as long "
-            f"without exits {one['accuracy_alone']:.1%}), {row['saved']:.0%} of the blocks do not "
+            f"without exits {one['fit']['accuracy_alone']:.1%}), {row['saved']:.0%} of the blocks do not "
             f"run, {row['speedup']:.2f} times as fast at batch {one['clock']['batch']}."
         )
         batch = one["clock"]["batch"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ Part = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """A small classifier and how it is trained. at: depths of its exits; steps, lr: of model and exits together."""
+    """A small classifier and how it is trained. at, head, config: of its exits; steps, lr: of model and exits together.
+    """
 
     name: str
     told: str
@@ -24,6 +25,12 @@ class Shape:
     at: tuple[int, ...]
     steps: int
     lr: float
+    head: str
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def fitting(self) -> dict[str, Any]:
+        """Return what the fitted weights depend on."""
+        return {k: v for k, v in vars(self).items() if k not in ("told", "build")}
 
 
 @dataclass(frozen=True)
@@ -37,13 +44,17 @@ class Plan:
     calibrate: int = 600
     test: int = 577
     batch: int = 64
-    reach: int = 2
+    reach: int = 1
     share: float = 1.0
     rounds: int = 4
     risk: str = "accuracy_drop"
     alpha: float = 0.01
     delta: float = 0.05
     seed: int = 1
+
+    def fitting(self) -> dict[str, Any]:
+        """Return what the fitted weights depend on; a change of anything else reuses them."""
+        return {k: getattr(self, k) for k in ("train", "test", "batch", "reach", "share", "seed")}
 
 
 QUICK = Plan(train=128, calibrate=256, test=128, share=0.02, rounds=1, alpha=0.2)
@@ -55,22 +66,22 @@ def vit() -> nn.Module:
 
     return VisionTransformer(  # type: ignore[no-any-return]
         img_size=digits.SIDE, patch_size=8, in_chans=1, num_classes=digits.CLASSES, embed_dim=96, depth=8, num_heads=4,
-        mlp_ratio=2,
     )  # fmt: skip
 
 
 def cnn() -> nn.Module:
-    """Return a residual network of 8 blocks in 4 stages, 48 to 384 channels."""
+    """Return a residual network of 12 blocks in 4 stages, 48 to 384 channels, with a light stem."""
     from timm.models.resnet import BasicBlock, ResNet
 
     return ResNet(  # type: ignore[no-any-return]
-        BasicBlock, (2, 2, 2, 2), in_chans=1, num_classes=digits.CLASSES, channels=(48, 96, 192, 384),
+        BasicBlock, (2, 2, 4, 4), in_chans=1, num_classes=digits.CLASSES, channels=(48, 96, 192, 384), stem_type="deep",
+        stem_width=8,
     )  # fmt: skip
 
 
 SHAPES = (
-    Shape("ViT", "vision transformer, 8 blocks of width 96", vit, (1, 2, 3, 4), 400, 1e-3),
-    Shape("CNN", "ResNet, 8 blocks of 48 to 384 channels", cnn, (1, 2, 4, 6), 200, 1e-3),
+    Shape("ViT", "vision transformer, 8 blocks of width 96", vit, (1, 3), 400, 1e-3, "lgvit", {"heads": 4}),
+    Shape("CNN", "ResNet, 12 blocks of 48 to 384 channels", cnn, (2, 4), 120, 2e-3, "local_perception"),
 )
 
 

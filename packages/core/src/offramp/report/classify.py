@@ -124,7 +124,8 @@ def scores(run: Mapping[str, Any]) -> str:
     found = run.get("exit_scores") or []
     if not found:
         return ""
-    names = list(dict.fromkeys(name for one in found for name in one["auroc"]))
+    # heads that read whole states have no cosine of neighbours: such a column would be empty
+    names = list(dict.fromkeys(n for one in found for n, value in one["auroc"].items() if value is not None))
     rows = []
     for one in found:
         what = "full model" if one is found[-1] else f"depth {one['depth']}"

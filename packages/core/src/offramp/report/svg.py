@@ -42,7 +42,7 @@ class Axes:
 def bars(items: Sequence[tuple[str, float, str, int]], title: str) -> str:
     """Return horizontal bars. items: (name, value, text after the bar, colour class number)."""
     most = max((value for _, value, _, _ in items), default=0.0) or 1.0
-    row, left, right = 30, 84, 96
+    row, left, right = 30, 84, 104
     parts = [_open(WIDTH, row * len(items) + 4, title)]
     for i, (name, value, text, level) in enumerate(items):
         y, long = i * row + 4, (WIDTH - left - right) * value / most
