@@ -33,6 +33,12 @@ def test_the_ways_of_head_stats_say_the_same():
         torch.testing.assert_close(case.ways["logsumexp"]()[2], entropy, rtol=exact, atol=exact)
 
 
+def test_the_ways_of_verify_say_the_same():
+    for case in bench_kernels.verify(False, "cpu", False):
+        found, (token, keep) = case.ways["kernel"](), case.ways["torch"]()
+        assert torch.equal(found.token, token) and torch.equal(found.keep, keep)
+
+
 def test_results_are_kept_by_machine_and_date(tmp_path):
     words = ("kernels", "--quick", "--repeats", 1, "--op", "compact")
     done = call(*words, "--results", tmp_path, "--json", tmp_path / "a.json")

