@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -70,7 +69,8 @@ class Stats:
     def count(self, depths: Tensor) -> None:
         """Take in the exit depth of every row of one call. depths: int64 [rows]."""
         self.rows += depths.numel()
-        for depth, n in Counter(depths.tolist()).items():  # of few rows 20 microseconds sooner than `unique`
+        values, counts = depths.unique(return_counts=True)
+        for depth, n in zip(values.tolist(), counts.tolist(), strict=True):
             self.exits[depth] = self.exits.get(depth, 0) + n
 
     def to_dict(self) -> dict[str, Any]:
