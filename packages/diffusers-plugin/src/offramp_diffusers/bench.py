@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -106,21 +105,21 @@ def realised(name: str, rounds: int, width: int, side: int) -> dict[str, float]:
     """
     model, given = SHAPES[name](width, side, DEPTH)
     model.eval()
-    short = cut(model, STOP)
-    early, never = TimeSchedule((STOP,)), TimeSchedule((1.0,))
+    early, never, short = copy.deepcopy(model), copy.deepcopy(model), cut(model, STOP)
+    parts = {"full": model, "early": early, "short": short, "never": never}
+    ways: dict[str, Callable[[Any], Any]] = {way: partial(_call, part) for way, part in parts.items()}
+    # each on a copy of its own, enabled once: the first call after `enable` finds nothing in the processor's caches
+    with enable(early, TimeSchedule((STOP,))), enable(never, TimeSchedule((1.0,))):
+        timed = interleaved(ways, [given] * rounds, warm=1)
+    seconds = {way: [t.seconds for t in found] for way, found in timed.items()}
+    full, quick, bare = (statistics.median(seconds[way]) for way in ("full", "early", "short"))
 
-    ways: dict[str, Callable[[Any], Any]] = {
-        "full": partial(_call, model), "early": Scheduled(model, early), "short": partial(_call, short),
-        "never": Scheduled(model, never),
-    }  # fmt: skip
-    timed = interleaved(ways, [given] * rounds, warm=1)
-    # minima, because what else runs on a machine only ever adds
-    full, quick, bare = (min(t.seconds for t in timed[n]) for n in ("full", "early", "short"))
-    # minima of two equal ways differ by 2 %; the two calls of one turn see the same machine
-    idle = statistics.median(a.seconds / b.seconds for a, b in zip(timed["never"], timed["full"], strict=True))
+    def saved(way: str) -> float:  # within a turn: both calls of one see the same machine
+        return statistics.median(a - b for a, b in zip(seconds["full"], seconds[way], strict=True))
+
     return {
-        "full_ms": full * 1e3, "early_ms": quick * 1e3, "short_ms": bare * 1e3, "block_ms": (full - bare) * 1e3 / STOP,
-        "realised": (full - quick) / (full - bare), "never": idle,
+        "full_ms": full * 1e3, "early_ms": quick * 1e3, "short_ms": bare * 1e3, "block_ms": saved("short") * 1e3 / STOP,
+        "realised": saved("early") / saved("short"), "never": 1 - saved("never") / full,
     }  # fmt: skip
 
 
@@ -141,27 +140,11 @@ def idle_cost(rounds: int) -> float:
     """Return microseconds that a schedule costs a call where it skips nothing: a narrow model, with it and without."""
     model, given = _dit(64, 8, DEPTH)
     model.eval()
-    never = Scheduled(model, TimeSchedule((1.0,)))
-    ways: dict[str, Callable[[Any], Any]] = {"never": never, "full": partial(_call, model)}
-    timed = interleaved(ways, [given] * (20 * rounds), warm=1)
+    never = copy.deepcopy(model)
+    ways = {"never": partial(_call, never), "full": partial(_call, model)}
+    with enable(never, TimeSchedule((1.0,))):
+        timed = interleaved(ways, [given] * (20 * rounds), warm=1)
     return statistics.median(a.seconds - b.seconds for a, b in zip(timed["never"], timed["full"], strict=True)) * 1e6
-
-
-class Scheduled:
-    """A call of the model under a schedule, enabled outside the clock."""
-
-    def __init__(self, model: nn.Module, policy: TimeSchedule) -> None:
-        self.model, self.policy = model, policy
-
-    @contextmanager
-    def ready(self) -> Iterator[None]:
-        """Enable the schedule."""
-        with enable(self.model, self.policy):
-            yield
-
-    def __call__(self, given: dict[str, Any]) -> Any:
-        """Run the model."""
-        return self.model(**given)
 
 
 def _call(model: nn.Module, given: dict[str, Any]) -> Any:

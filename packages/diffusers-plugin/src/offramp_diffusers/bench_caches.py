@@ -26,9 +26,9 @@ class Size:
     """How much is sampled. rows: per way for the report; choice: per way and setting that is tried; rounds: batches
     that each way is timed on."""
 
-    rows: int = 2000
-    choice: int = 1000
-    rounds: int = 3
+    rows: int = 1000
+    choice: int = 500
+    rounds: int = 2
     steps: int = STEPS
 
 
