@@ -24,8 +24,8 @@ from offramp_vision._compat import import_timm
 
 #: side of the images; three times what a place sees after the second stage, as in large models at 224 pixels
 SIDE, TRAIN = 48, 900
-#: widths of the four stages; plain exits are on a wider model, whose second exit costs more than the first latent one
-NARROW, WIDE = (16, 24, 32, 48), (20, 32, 48, 72)
+#: widths of the four stages; plain exits are on a model so much wider that each costs more than the latent one
+NARROW, WIDE = (16, 24, 32, 48), (22, 36, 54, 80)
 #: how a model is trained: name -> its widths; "none" is without exits, the others are heads
 KINDS: Mapping[str, Sequence[int]] = {"none": NARROW, "pooled_linear": WIDE, "conv": WIDE, "perceiver": NARROW}
 AT = (2, 3)
