@@ -86,11 +86,12 @@ def tables(rows: list[dict[str, Any]]) -> list[Table]:
     out = []
     for shape in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == shape]
-        table = Table(title=f"{shape}, frozen: accuracy of exits, mean of {len(mine[0]['seeds'])} seeds", box=SIMPLE)
+        title = f"{shape}, frozen: accuracy of exits in percent, mean of {len(mine[0]['seeds'])} seeds"
+        table = Table(title=title, box=SIMPLE)
         for n, name in enumerate(("heads and loss", *(f"depth {d}" for d in mine[0]["depths"]), "full model")):
-            table.add_column(name, justify="right" if n else "left")
+            table.add_column(name, justify="right" if n else "left", no_wrap=True)
         for row in mine:
             cells = zip(row["accuracy"], row["spread"], strict=True)
-            table.add_row(row["way"], *(f"{mean:.1%} ± {spread:.1%}" for mean, spread in cells))
+            table.add_row(row["way"], *(f"{100 * mean:.1f} ± {100 * spread:.1f}" for mean, spread in cells))
         out.append(table)
     return out

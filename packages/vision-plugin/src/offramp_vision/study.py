@@ -37,7 +37,7 @@ class Shape:
 class Plan:
     """How much of everything. train, calibrate, test: images, disjoint; reach: pixels by which training
     images are moved; share: of training steps; rounds: over the test images on the clock; seed: of split, weights and
-    training, by default not the one (0) on which these settings were chosen.
+    training.
     """
 
     train: int = 1100
