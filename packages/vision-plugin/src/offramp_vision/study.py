@@ -37,7 +37,7 @@ class Shape:
 class Plan:
     """How much of everything. train, calibrate, test: images, disjoint; reach: pixels by which training
     images are moved; share: of training steps; rounds: over the test images on the clock; seed: of split, weights and
-    training.
+    training, by default not one of those (0, 1) on which these settings were chosen.
     """
 
     train: int = 1100
@@ -50,7 +50,7 @@ class Plan:
     risk: str = "accuracy_drop"
     alpha: float = 0.01
     delta: float = 0.05
-    seed: int = 1
+    seed: int = 2
 
     def fitting(self) -> dict[str, Any]:
         """Return what the fitted weights depend on; a change of anything else reuses them."""
