@@ -77,7 +77,7 @@ class Replay:
         #: parts of which a call was compared in this generation
         self.checked: set[int] = set()
         cast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-        self.off = cast or _hooked(self.parts) or any(w.device.type != "cpu" for p in self.parts for w in weights(p))
+        self.off = cast or hooked(self.parts) or any(w.device.type != "cpu" for p in self.parts for w in weights(p))
 
     def ready(self, shape: Any) -> list[Step | None]:
         """Return what runs calls of this shape, part by part; None: ask `find`."""
@@ -230,7 +230,7 @@ def _swapped(part: nn.Module, given: Sequence[Tensor]) -> Iterator[None]:
             owner[name] = weight
 
 
-def _hooked(parts: Sequence[nn.Module]) -> bool:
+def hooked(parts: Sequence[nn.Module]) -> bool:
     """Whether somebody hooked, patched or compiled a module of the parts: a recording would pass them by."""
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
         return True

@@ -13,7 +13,7 @@ from offramp.kernels.confidence import PREDICTION, confidence
 from offramp.kernels.head_stats import NAMED, head_stats, parts
 from offramp_hf.backbones._calls import FEW, Slots
 from offramp_hf.backbones._finish import Finish
-from offramp_hf.backbones._replay import Example, Function, Replay, weights
+from offramp_hf.backbones._replay import Example, Function, Replay, hooked, weights
 from offramp_hf.cache import CHUNK, GrowingLayer
 
 #: classes from which on statistics are made without the logits: 32,000 in bfloat16 take 0.8 of the time (5.6 and 7.2
@@ -146,10 +146,8 @@ def _matrix(head: ExitHead) -> tuple[Tensor, Tensor | None, float | None] | None
     finish, projection = base.finish, base.projection
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
         return None
-    # what is hooked or patched does more than its weights say
-    own = isinstance(projection, (nn.Linear, Rows)) and "forward" not in projection.__dict__
-    if not own or projection._forward_hooks or projection._forward_pre_hooks:
-        return None
+    if not isinstance(projection, (nn.Linear, Rows)) or hooked([head, projection]):
+        return None  # what is hooked or patched does more than its weights say
     return (weight, bias, finish.cap) if isinstance(finish, Finish) and finish.scale == 1.0 else None
 
 
