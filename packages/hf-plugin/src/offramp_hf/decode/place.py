@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 
+#: nodes that a tree has room for at first
+NODES = 32
+
+
 class Tree:
     """Drafts as a tree in the slots from `base` on: node 0 is the newest token, every other node has an earlier parent.
 
@@ -17,7 +21,13 @@ class Tree:
         self.base, self.tokens = base, tokens
         self.depths = [0]
         self.parents = torch.zeros_like(tokens)
-        self.seen = torch.ones((len(tokens), 1, 1), dtype=torch.bool, device=tokens.device)
+        self.seen = self._room(NODES)[:, :1, :1]
+
+    def _room(self, nodes: int) -> Tensor:
+        """Make room for the matrix of so many nodes, which see themselves: adding one writes its row and nothing else.
+        """
+        self.room = torch.eye(nodes, dtype=torch.bool, device=self.tokens.device).repeat(len(self.tokens), 1, 1)
+        return self.room
 
     def shifted(self, base: int) -> Tree:
         """Return the same tree in a cache that lacks the first `base` slots."""
@@ -32,10 +42,11 @@ class Tree:
     def grow(self, parents: Tensor, tokens: Tensor) -> None:
         """Add nodes one level deeper than the deepest. parents, tokens: int64 [batch, new]."""
         batch, old, new = len(tokens), self.seen.shape[1], tokens.shape[1]
-        rows = self.seen.gather(1, parents[:, :, None].expand(batch, new, old))
-        itself = torch.eye(new, dtype=torch.bool, device=tokens.device).expand(batch, new, new)
-        wider = torch.nn.functional.pad(self.seen, (0, new))
-        self.seen = torch.cat([wider, torch.cat([rows, itself], 2)], 1)
+        total = old + new
+        if total > self.room.shape[1]:
+            self._room(2 * total)[:, :old, :old] = self.seen
+        torch.gather(self.seen, 1, parents[:, :, None].expand(batch, new, old), out=self.room[:, old:total, :old])
+        self.seen = self.room[:, :total, :total]
         self.depths += [self.depths[-1] + 1] * new
         self.parents = torch.cat([self.parents, parents], 1)
         self.tokens = torch.cat([self.tokens, tokens], 1)
