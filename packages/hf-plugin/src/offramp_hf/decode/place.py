@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 #: nodes that a tree has room for at first
 NODES = 32
 
