@@ -2,16 +2,13 @@
 
 import sys
 
-import pytest
 import torch
 
 from offramp.memory import Peak
 
 MB = 1 << 20
-linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the highest resident memory")
 
 
-@linux
 def test_what_is_freed_again_counts_and_what_was_there_does_not():
     kept = torch.ones(64 * MB // 4)
     with Peak() as small:
@@ -21,6 +18,9 @@ def test_what_is_freed_again_counts_and_what_was_there_does_not():
         torch.ones(48 * MB // 4)
     with Peak() as nothing:
         pass
+    if sys.platform != "linux":  # only Linux tells the highest resident memory
+        assert small.taken is large.taken is nothing.taken is None
+        return
     assert len(kept) and 31 * MB <= small.taken < 48 * MB and 95 * MB <= large.taken < 112 * MB
     assert nothing.taken < 8 * MB
 

@@ -70,6 +70,13 @@ def labelled(targets: Tensor | None, name: str) -> Tensor:
     return targets != IGNORE
 
 
+def label_losses(predictions: Sequence[Tensor], targets: Tensor | None, name: str) -> list[Tensor]:
+    """Return for each of several predictions [rows, classes] the mean of `row_losses` over labelled rows, 0 where there
+    are none; raises `BadArgument` for data without labels, in the name of the loss."""
+    rows = labelled(targets, name).sum().clamp(min=1)
+    return [row_losses(said, targets).sum() / rows for said in predictions]  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How much exits weigh in the course of training: from `start` to `stop` within `over` steps, then `stop`.

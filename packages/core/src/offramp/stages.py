@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from offramp.errors import BadArgument, UnknownName, did_you_mean
-from offramp.loss import Loss, Moment, labelled, row_losses, weigh
+from offramp.loss import Loss, Moment, label_losses, weigh
 
 NAMES = ("frozen", "joint", "two_stage", "alternate")
 
@@ -48,8 +48,7 @@ class LastLayer(Loss):
         moment: Moment | None = None,
     ) -> Tensor:
         """Return the mean over labelled rows."""
-        rows = labelled(targets, "the last layer").sum().clamp(min=1)
-        return row_losses(final, targets).sum() / rows  # type: ignore[arg-type]
+        return label_losses([final], targets, "the last layer")[0]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -243,7 +242,7 @@ class _Book:
         kept, _ = read_safetensors(place / BESIDE)
         try:
             self.accelerator.load_state(str(place))
-        except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        except Exception as error:  # whatever cannot be read, as weights only, is no checkpoint
             raise DamagedFile(f"the checkpoint in {place} is not whole: {error}") from error
         self.generator.set_state(kept["generator"])
         if self.average is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from offramp._registry import register
-from offramp.loss import Loss, Moment, labelled, row_losses, weigh
+from offramp.loss import Loss, Moment, label_losses, weigh
 
 
 @register("equilibrium")
@@ -33,8 +33,7 @@ class Equilibrium(Loss):
 
     def each(self, predictions: Sequence[Tensor], final: Tensor, targets: Tensor | None) -> list[Tensor]:
         """Return one loss per exit, mean over labelled rows; `final` is not used."""
-        rows = labelled(targets, "equilibrium").sum().clamp(min=1)
-        return [row_losses(p, targets).sum() / rows for p in predictions]  # type: ignore[arg-type]
+        return label_losses(predictions, targets, "equilibrium")
 
     def __call__(
         self,

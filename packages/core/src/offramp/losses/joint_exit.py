@@ -14,7 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from offramp._registry import register
 from offramp.errors import BadArgument
 from offramp.kernels.halting import joint
-from offramp.loss import Loss, Moment, labelled, row_losses, weigh
+from offramp.loss import Loss, Moment, label_losses, labelled, row_losses, weigh
 
 CRITERIA = ("loss", "right", "sure")
 #: positives weigh at most this much more than negatives
@@ -65,8 +65,7 @@ class JointExit(Loss):
 
     def each(self, predictions: Sequence[Tensor], final: Tensor, targets: Tensor | None) -> list[Tensor]:
         """Return one loss per exit, mean over labelled rows, as in the warm-up; `final` is not used."""
-        rows = labelled(targets, "joint_exit").sum().clamp(min=1)
-        return [row_losses(p, targets).sum() / rows for p in predictions]  # type: ignore[arg-type]
+        return label_losses(predictions, targets, "joint_exit")
 
     def __call__(
         self,

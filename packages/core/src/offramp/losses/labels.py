@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from offramp._registry import register
-from offramp.loss import Loss, labelled, row_losses, weigh
+from offramp.loss import Loss, label_losses, weigh
 
 
 @register("labels")
@@ -29,5 +29,4 @@ class Labels(Loss):
 
     def each(self, predictions: Sequence[Tensor], final: Tensor, targets: Tensor | None) -> list[Tensor]:
         """Return one cross-entropy per exit; `final` is not used."""
-        rows = labelled(targets, "labels").sum().clamp(min=1)
-        return [row_losses(p, targets).sum() / rows for p in predictions]  # type: ignore[arg-type]
+        return label_losses(predictions, targets, "labels")

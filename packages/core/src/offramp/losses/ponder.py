@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 
 from offramp._registry import register
 from offramp.errors import BadArgument
-from offramp.loss import Loss, Moment, labelled, row_losses
+from offramp.loss import Loss, Moment, label_losses, labelled, row_losses
 
 PRIORS = ("geometric", "normal")
 DIRECTIONS = ("from_prior", "to_prior")
@@ -63,8 +63,7 @@ class Ponder(Loss):
 
     def each(self, predictions: Sequence[Tensor], final: Tensor, targets: Tensor | None) -> list[Tensor]:
         """Return one loss per exit, mean over labelled rows, not weighed yet; `final` is not used."""
-        rows = labelled(targets, "ponder").sum().clamp(min=1)
-        return [row_losses(p, targets).sum() / rows for p in predictions]  # type: ignore[arg-type]
+        return label_losses(predictions, targets, "ponder")
 
     def __call__(
         self,

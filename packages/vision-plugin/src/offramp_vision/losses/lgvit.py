@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from offramp._registry import register
+from offramp._registry import create, register
 from offramp.errors import BadArgument
-from offramp.loss import Loss, Moment, labelled, row_losses, weigh
+from offramp.loss import Loss, Moment, label_losses, weigh
 from offramp_vision.heads._perceive import Perceive
 from offramp_vision.heads.global_aggregation import GlobalAggregation
 from offramp_vision.layouts import map_of
@@ -92,15 +92,9 @@ class LgvitLoss(Loss):
 
     def each(self, predictions: Sequence[Tensor], final: Tensor, targets: Tensor | None) -> list[Tensor]:
         """Return one loss in nats per exit."""
-        rows = labelled(targets, "lgvit").sum().clamp(min=1)
-        log_p = (final.detach().float() / self.temperature).log_softmax(-1)
-        out = []
-        for said in predictions:
-            log_q = (said.float() / self.temperature).log_softmax(-1)
-            apart = functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean") * self.temperature**2
-            wrong = row_losses(said, targets).sum() / rows  # type: ignore[arg-type]
-            out.append((1 - self.alpha) * wrong + self.alpha * apart)
-        return out
+        wrong = label_losses(predictions, targets, "lgvit")
+        apart = create(Loss, "distill", temperature=self.temperature).each(predictions, final, targets)
+        return [(1 - self.alpha) * w + self.alpha * a for w, a in zip(wrong, apart, strict=True)]
 
     def __call__(
         self,
@@ -136,8 +130,7 @@ class Alternating(Loss):
 
     def each(self, predictions: Sequence[Tensor], final: Tensor, targets: Tensor | None) -> list[Tensor]:
         """Return one cross-entropy in nats per exit."""
-        rows = labelled(targets, "lgvit").sum().clamp(min=1)
-        return [row_losses(p, targets).sum() / rows for p in predictions]  # type: ignore[arg-type]
+        return label_losses(predictions, targets, "lgvit")
 
     def __call__(
         self,

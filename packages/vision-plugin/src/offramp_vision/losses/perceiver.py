@@ -11,7 +11,7 @@ from torch import Tensor
 
 from offramp._registry import create, register
 from offramp.errors import BadArgument
-from offramp.loss import Loss, Moment, labelled, row_losses, weigh
+from offramp.loss import Loss, Moment, label_losses, weigh
 
 
 @register("perceiver")
@@ -51,7 +51,6 @@ class PerceiverLoss(Loss):
         moment: Moment | None = None,
     ) -> Tensor:
         """Return the sum over exits and last answer."""
-        rows = labelled(targets, "perceiver").sum().clamp(min=1)
-        last = row_losses(final, targets).sum() / rows  # type: ignore[arg-type]
+        last = label_losses([final], targets, "perceiver")[0]
         early = weigh(self.each(predictions, final, targets), self.weighting) * len(predictions)
         return last + (moment or Moment()).scale * early
