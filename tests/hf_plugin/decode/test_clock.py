@@ -13,6 +13,7 @@ def test_wider_tokens_are_learned():
     for _ in range(50):
         found.window(8e-3, 0, 8, 1)
         found.window(8e-3 * (1 + 0.2 * 3), 0, 8, 4)
+        found.round(21e-3, None)
     assert abs(found.setup.wider - 0.2) < 0.01
 
 
@@ -21,8 +22,10 @@ def test_a_disturbed_call_does_not_end_drafting():
     found = clock()
     for _ in range(ENOUGH):
         found.window(8e-3, 0, 8, 1)
+        found.round(8e-3, None)
     for seconds in (1.0, 2.0):
         found.window(seconds, 0, 8, 2)
+        found.round(seconds, None)
     assert found.setup.wider < 0.3
 
 
@@ -32,7 +35,7 @@ def test_what_looks_cost_is_in_blocks():
         found.window(8e-3, 0, 8, 1)
         found.round(8e-3, [])
         found.look(2e-3)
-        found.spent = 0.0
+        found.round(2e-3, None)
     assert abs(found.setup.head - 2.0) < 0.1
 
 
@@ -49,3 +52,31 @@ def test_rows_of_different_length_have_a_price_until_they_have_it():
     assert abs(found.setup.ragged - 1.75) < 0.01
     found.begin(1, False, False)
     assert found.setup.ragged == 1.0
+
+
+def test_each_kind_of_batch_has_its_prices():
+    found = clock()
+    for _ in range(50):
+        found.begin(8, False, False)
+        found.window(8e-3, 0, 8, 1)
+        found.window(8e-3 * 1.5, 0, 8, 2)
+        found.round(20e-3, None)
+        found.begin(1, False, False)
+        found.window(2e-3, 0, 8, 1)
+        found.window(2e-3 * 1.1, 0, 8, 2)
+        found.round(5e-3, None)
+    assert abs(found.setup.wider - 0.1) < 0.01
+    found.begin(8, False, False)
+    assert abs(found.setup.wider - 0.5) < 0.02
+
+
+def test_a_round_that_is_dropped_teaches_nothing():
+    found = clock()
+    before = found.setup.wider, found.setup.head
+    for _ in range(4 * ENOUGH):
+        found.window(8e-3, 0, 8, 1)
+        found.window(60e-3, 0, 8, 2)
+        found.look(30e-3)
+        found.drop()
+    found.round(1e-3, None)
+    assert (found.setup.wider, found.setup.head) == before

@@ -59,6 +59,8 @@ class Replay:
         self.proved: dict[Any, list[Function | None]] = {}
         self.uses: Counter[Any] = Counter()
         self.tries: Counter[Any] = Counter()
+        #: calls that were made to learn from: slower than what comes after them
+        self.learned = 0
         #: why shapes were given up, by shape
         self.refused: dict[Any, str] = {}
         #: (part, kind) that was found not to depend on values
@@ -100,6 +102,7 @@ class Replay:
         """Take in that a call of a part gave `out`; make: what the call was."""
         if self.off or shape in self.refused:
             return
+        self.learned += 1
         self.uses[shape] += 1
         if self.uses[shape] < USES:
             return

@@ -62,6 +62,11 @@ class Answers:
         self.mixing.begin()
         self.masks = {}
 
+    @property
+    def learned(self) -> int:
+        """Return in how many calls recordings were made or compared."""
+        return self.replay.learned + self.mixing.learned
+
     def look(self, level: int, state: Tensor, lazy: bool = False) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Return (logits, statistics [rows] by name) of an exit for states [rows, width]; logits: of the classes that
         it chooses from, see `spread`. lazy: None will do for them."""

@@ -47,6 +47,11 @@ class Direct:
         self.views: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self.prepare(0)
 
+    @property
+    def learned(self) -> int:
+        """Return in how many calls recordings were made or compared."""
+        return self.decoder.replay.learned
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """Everything happens inside this context: blocks make no lasting tensors, and without view tracking and

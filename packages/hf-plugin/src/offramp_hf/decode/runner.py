@@ -26,6 +26,8 @@ class Through:
 
     #: see `Direct.holes`; many models count positions by slots
     holes = False
+    #: calls that recordings were made or compared in
+    learned = 0
 
     def __init__(self, decoder: Decoder, cache: WindowCache, inputs: dict[str, Any]) -> None:
         self.decoder, self.cache, self.inputs = decoder, cache, inputs

@@ -13,12 +13,13 @@ from offramp.draft import Drafter, DraftRule, Look, Outcome, Plan, Setup, whole
 BINS = 12
 #: weight of the optimistic prior, in observations
 PRIOR = 2.0
-#: rounds without looking at heads after a losing streak, doubled each time
-NAP, LONGEST_NAP = 32, 256
+#: rounds without looking at heads after a losing streak, four times as many after the next
+NAP, LONGEST_NAP = 32, 512
 #: what an exit that wakes may lose before it rests again, in blocks per look: about 20 looks, 1 % of the time
 TRIAL = 0.2
-#: weight of a new look in the mean of what looks earned: single looks earn -5 to +8 blocks, so fewer say little
-NEW = 0.01
+#: weight of a new look in the mean of what looks earned: single looks earn -5 to +8 blocks, so fewer say little; the
+#: hope that an exit starts with counts for so many looks
+NEW, HOPE = 0.01, 30
 
 
 @register("adaptive")
@@ -50,6 +51,7 @@ class Pace(Drafter):
         self.tries = [[PRIOR] * BINS for _ in depths]
         #: running mean of what looking at each exit earned, in blocks per look; starts hopeful
         self.worth = [1.0 for _ in depths]
+        self.looked = [0 for _ in depths]
         self.nap = [0 for _ in depths]
         self.next_nap = [NAP for _ in depths]
         #: probability that the drafts so far are kept, per row
@@ -74,15 +76,14 @@ class Pace(Drafter):
 
     def learn(self, outcome: Outcome) -> None:
         """Take in whether the full model agreed with each look, and what each look earned in blocks."""
-        depth = self.setup.depth
+        depth, split = self.setup.depth, self.setup.split  # the exit that is asked first pays for the round
         for one in outcome.looks:
             if one.place < len(outcome.tokens):
                 self.note(one.level, one.sure[outcome.row], one.tokens[outcome.row] == outcome.tokens[one.place])
-            if one.drafted:
-                won = one.place < outcome.kept - 1
-                self.earned(one.level, depth * (won - self.price(one.level)))
-            else:
-                self.earned(one.level, -self.setup.head)
+            won = one.place < outcome.kept - 1
+            gain = depth * (won - self.price(one.level)) if one.drafted else -self.setup.head
+            self.earned(one.level, gain - split)
+            split = 0.0
 
     def chance(self, index: int, confidence: float | None) -> float:
         """Return the acceptance rate seen at exit `index` for this confidence."""
@@ -116,9 +117,10 @@ class Pace(Drafter):
 
     def earned(self, index: int, blocks: float) -> None:
         """Take in what one look at exit `index` earned (negative: cost), and rest it when that is a loss on average."""
-        self.worth[index] += NEW * (blocks - self.worth[index])
+        self.looked[index] += 1
+        self.worth[index] += max(NEW, 1 / (HOPE + self.looked[index])) * (blocks - self.worth[index])
         if self.worth[index] < 0:
             self.nap[index], self.worth[index] = self.next_nap[index], TRIAL
-            self.next_nap[index] = min(2 * self.next_nap[index], LONGEST_NAP)
+            self.next_nap[index] = min(4 * self.next_nap[index], LONGEST_NAP)
         elif self.worth[index] > 0.75:
             self.next_nap[index] = NAP

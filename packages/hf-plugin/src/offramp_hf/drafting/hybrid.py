@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from offramp._registry import register
 from offramp.draft import Drafter, DraftRule, Look, Outcome, Plan, Setup, whole
-from offramp_hf.drafting.adaptive import TRIAL, Adaptive
+from offramp_hf.drafting.adaptive import Adaptive
 from offramp_hf.drafting.lookup import Lookup
 
 
@@ -42,7 +42,7 @@ class Either(Drafter):
         self.text = Lookup(rule.ngram, rule.least, rule.length).start(setup)
         self.exits = Adaptive(rule.length).start(setup)
         self.levels = self.exits.levels
-        self.exits.worth = [TRIAL for _ in setup.depths]  # lookup takes the easy places, exits see the others
+        self.exits.worth = [0.5 for _ in setup.depths]  # lookup takes the easy places, exits see the others
         self.gain = 1.1
 
     def begin(self, rows: int) -> None:
@@ -71,7 +71,8 @@ class Either(Drafter):
         self.exits.learn(outcome)
         if outcome.looks:
             setup = self.setup
-            spent = sum(setup.draft(one.level) if one.drafted else setup.head for one in outcome.looks)
+            costs = (setup.draft(one.level) if one.drafted else setup.head for one in outcome.looks)
+            spent = setup.split + sum(costs)
             self.gain += 0.05 * (outcome.kept / (1 + spent / setup.depth) - self.gain)
         else:
             self.gain += 0.05 * (1.0 - self.gain)
