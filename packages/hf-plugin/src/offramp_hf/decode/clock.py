@@ -44,7 +44,7 @@ class Clock:
         costs = self.kinds.get(self.kind)
         if costs is None:
             costs = self.kinds[self.kind] = Costs(rows, *self.first)
-        self.costs = costs
+        self.costs, self.pending = costs, []
         self.tell()
 
     def tell(self) -> None:
