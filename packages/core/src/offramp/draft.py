@@ -17,9 +17,9 @@ class Setup:
 
     depths: of the exits; depth: of the model; levels: indices of the exits that the policy could ever accept; head: one
     look at an exit; wider: what one more token adds to a call of blocks, as a share of the call; low: one token's way
-    to each exit; split: what a round that looks at exits costs beside looks and drafts; ragged: what all calls cost, in
-    calls as they are, once rows have kept different numbers of drafts. The decoder measures these as it goes where it
-    can.
+    to each exit; cut: what stopping the newest token at an exit without a draft adds to the look; ragged: what all
+    calls cost, in calls as they are, once rows have kept different numbers of drafts. The decoder measures these as it
+    goes where it can.
     """
 
     depths: tuple[int, ...]
@@ -28,7 +28,7 @@ class Setup:
     head: float = 0.0
     wider: float = 0.0
     low: list[float] = field(default_factory=list)
-    split: float = 0.0
+    cut: float = 0.0
     ragged: float = 1.0
 
     def __post_init__(self) -> None:

@@ -50,7 +50,7 @@ class Clock:
     def tell(self) -> None:
         """Say in the setup what things cost in blocks."""
         setup, costs = self.setup, self.costs
-        setup.head, setup.low[:], setup.wider, setup.split = costs.head, costs.low, costs.wider, costs.split
+        setup.head, setup.low[:], setup.wider, setup.cut = costs.head, costs.low, costs.wider, costs.cut
         even, odd = (self.kinds.get((self.kind[0], ragged)) for ragged in (False, True))
         setup.ragged = 1.0
         if self.frays and not self.kind[1]:
@@ -88,7 +88,7 @@ class Clock:
 class Costs:
     """Running means of seconds of one kind of batch, and what follows from them in blocks.
 
-    head, low, wider, split: as in `Setup`; until they are measured, what is given, and a guess.
+    head, low, wider, cut: as in `Setup`; until they are measured, what is given, and a guess.
     """
 
     def __init__(self, rows: int, head: float, low: Sequence[float]) -> None:
@@ -99,7 +99,7 @@ class Costs:
         #: seconds per block by first and last block and tokens
         self.windows: dict[tuple[int, int, int], Mean] = {}
         self.looks, self.rests, self.plain = Mean(), Mean(), Mean()
-        self.split = 0.0
+        self.cut = 0.0
 
     def window(self, seconds: float, start: int, stop: int, tokens: int) -> None:
         """Learn what these blocks, and one more token in them, take."""
@@ -133,9 +133,10 @@ class Costs:
         if looks:
             deep = [self.wider * (setup.depth - depth) for depth in setup.depths]
             costs = sum(self.head + (self.low[k.level] + deep[k.level] if k.drafted else 0.0) for k in looks)
-            # a call cut in two, code and weights that the processor forgot
-            split = min(seconds / block - setup.depth - costs, setup.depth)
-            self.split = max(0.0, self.split + NEW * (split - self.split))
+            # calls cut in two, code and weights that the processor forgot; the last token always stops at one exit
+            cuts = max(1, sum(not k.drafted for k in looks))
+            cut = min(seconds / block - setup.depth - costs, setup.depth) / cuts
+            self.cut = max(0.0, self.cut + NEW * (cut - self.cut))
 
     def way(self, depth: int, block: float) -> float:
         """Return what one token's way to an exit takes, in blocks."""

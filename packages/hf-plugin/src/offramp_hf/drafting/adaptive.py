@@ -76,14 +76,13 @@ class Pace(Drafter):
 
     def learn(self, outcome: Outcome) -> None:
         """Take in whether the full model agreed with each look, and what each look earned in blocks."""
-        depth, split = self.setup.depth, self.setup.split  # the exit that is asked first pays for the round
+        setup = self.setup
         for one in outcome.looks:
             if one.place < len(outcome.tokens):
                 self.note(one.level, one.sure[outcome.row], one.tokens[outcome.row] == outcome.tokens[one.place])
             won = one.place < outcome.kept - 1
-            gain = depth * (won - self.price(one.level)) if one.drafted else -self.setup.head
-            self.earned(one.level, gain - split)
-            split = 0.0
+            price = self.price(one.level)
+            self.earned(one.level, setup.depth * (won - price) if one.drafted else -setup.head - setup.cut)
 
     def chance(self, index: int, confidence: float | None) -> float:
         """Return the acceptance rate seen at exit `index` for this confidence."""

@@ -80,8 +80,8 @@ class Table(Drafter):
     def choose(self) -> tuple[int, int]:
         """Return (exit, drafts) with the most expected tokens per block; the longest draft considered is length - 1.
 
-        With acceptance rate p of an exit, d drafts give 1 + p + ... + p^d tokens for depth + d * (cost of one draft),
-        and what such a round costs beside.
+        With acceptance rate p of an exit, d drafts give 1 + p + ... + p^d tokens for depth + d * (cost of one draft)
+        and one more stop at the exit.
         """
         best, chosen = 0.0, (self.levels[0], 0)
         for level in self.levels:
@@ -93,8 +93,8 @@ class Table(Drafter):
                 if drafts:
                     power *= rate
                     tokens += power
-                split = self.setup.split if drafts else 0.0
-                value = tokens / (self.setup.depth + split + drafts * self.setup.draft(level))
+                cut = self.setup.cut if drafts else 0.0
+                value = tokens / (self.setup.depth + cut + drafts * self.setup.draft(level))
                 if value > best:
                     best, chosen = value, (level, drafts)
         return chosen

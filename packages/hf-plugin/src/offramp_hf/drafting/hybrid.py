@@ -71,8 +71,8 @@ class Either(Drafter):
         self.exits.learn(outcome)
         if outcome.looks:
             setup = self.setup
-            costs = (setup.draft(one.level) if one.drafted else setup.head for one in outcome.looks)
-            spent = setup.split + sum(costs)
+            look = setup.head + setup.cut
+            spent = sum(setup.draft(one.level) if one.drafted else look for one in outcome.looks)
             self.gain += 0.05 * (outcome.kept / (1 + spent / setup.depth) - self.gain)
         else:
             self.gain += 0.05 * (1.0 - self.gain)
