@@ -49,3 +49,11 @@ def test_a_policy_that_refuses_is_obeyed():
 
 def test_price_counts_low_blocks_look_and_wider_call():
     assert start().price(0) == pytest.approx((3 + 0.5 + 0.02 * 9) / 12)
+
+
+def test_no_exit_is_asked_whose_drafts_could_never_pay():
+    drafter = start()
+    drafter.setup.ragged = 1.8  # rows would come apart
+    assert drafter.plan(4).levels == ()
+    drafter.setup.ragged = 1.0
+    assert drafter.plan(4).levels == (0, 1)

@@ -102,7 +102,10 @@ class Pace(Drafter):
         return self.setup.draft(index) / self.setup.depth + self.setup.ragged - 1
 
     def awake(self, index: int) -> bool:
-        """Whether the head of exit `index` is worth looking at in this round."""
+        """Whether the head of exit `index` is worth looking at in this round: not where no draft could earn its price.
+        """
+        if self.price(index) >= 1:
+            return False
         if self.nap[index] > 0:
             self.nap[index] -= 1
             return False
