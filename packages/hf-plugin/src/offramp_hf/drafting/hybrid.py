@@ -42,7 +42,6 @@ class Either(Drafter):
         self.text = Lookup(rule.ngram, rule.least, rule.length).start(setup)
         self.exits = Adaptive(rule.length).start(setup)
         self.levels = self.exits.levels
-        self.exits.worth = [0.5 for _ in setup.depths]  # lookup takes the easy places, exits see the others
         self.gain = 1.1
 
     def begin(self, rows: int) -> None:
