@@ -138,11 +138,11 @@ class SinglePass:
 
     def depths(self) -> Tensor:
         """Return the depth at which each row of the batch was decided [rows]."""
-        found = [self.run.backbone.depth] * self.batch
+        device = None if self.rows is None else self.rows.device
+        found = torch.full((self.batch,), self.run.backbone.depth, device=device)
         for depth, (rows, *_) in zip(self.exited, self.left, strict=True):
-            for row in rows.tolist():
-                found[row] = depth
-        return torch.tensor(found, dtype=torch.long)
+            found[rows] = depth
+        return found.cpu()
 
     def block(self, index: int, call: Call) -> Any:
         """Run one block on the rows that are left; at an exit, let finished rows go; after the last, put all back."""
