@@ -71,7 +71,7 @@ def vit() -> nn.Module:
 
     def stem(**given: Any) -> nn.Module:
         halving = ConvStem(in_chans=1, channels=(24, 48, 96), kernel_size=3, stride=(2, 2, 2), padding=1)
-        return HybridEmbed(backbone=halving, proj=False, **given)
+        return HybridEmbed(backbone=halving, proj=False, **given)  # type: ignore[no-any-return]
 
     return VisionTransformer(  # type: ignore[no-any-return]
         img_size=digits.SIDE, patch_size=1, in_chans=1, num_classes=digits.CLASSES, embed_dim=96, depth=8, num_heads=4,
