@@ -35,7 +35,7 @@ class Ask:
 
     seeds: int = 3
     steps: int = 100
-    share: float = 0.4
+    share: float = 0.75
 
 
 @one_thread()
