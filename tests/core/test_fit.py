@@ -57,6 +57,15 @@ def test_heads_learn_to_agree_and_the_backbone_stays(deep, data):
     assert sum(report.losses[-10:]) < 0.7 * sum(report.losses[:10])
 
 
+def test_bars_while_states_are_gathered_and_while_heads_learn(deep, data, capsys):
+    offramp.attach(deep, [2, 4], head="linear")
+    offramp.fit(deep, data, steps=2, batch_size=100, progress=False)
+    assert capsys.readouterr().out == ""
+    offramp.fit(deep, data, steps=2, batch_size=100)
+    gathered, learned = capsys.readouterr().out.splitlines()
+    assert "gather states" in gathered and "fit exits" in learned and "100%" in gathered
+
+
 def test_the_report_says_what_a_trace_of_the_held_out_rows_says(deep, data):
     offramp.attach(deep, [2, 4], head="translator", rank=4)
     report = offramp.fit(deep, data, steps=5, progress=False)

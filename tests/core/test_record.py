@@ -6,7 +6,7 @@ import torch
 import offramp
 from offramp.backbone import Observed
 from offramp.errors import BadArgument, NotAttached
-from offramp.record import batches, evaluating
+from offramp.record import batches, batches_in, evaluating
 from offramp.testing.toy import ToyBackbone, ToyModel
 
 AT = (2, 4)
@@ -98,6 +98,13 @@ def test_batches_cut_mappings_and_keep_what_is_no_tensor():
     assert [b["x"].tolist() for b in found] == [[0, 1], [2, 3], [4]] and {b["name"] for b in found} == {"n"}
 
 
+def test_batches_are_counted_where_the_data_says_how_many():
+    x = torch.arange(5)
+    for data in (x, {"name": "n", "x": x}, [x[:2], x[2:4], x[4:]]):
+        assert batches_in(data, 2) == len(list(batches(data, 2))) == 3
+    assert batches_in((x for _ in range(3)), 2) is None
+
+
 class Tokens(ToyBackbone):
     """Every token is a row, as in a language model."""
 
@@ -163,7 +170,8 @@ def test_a_progress_bar_when_asked(model, exits, x, capsys):
     offramp.record(model, x, batch_size=2)
     assert capsys.readouterr().out == ""
     offramp.record(model, x, batch_size=2, progress=True)
-    assert "record" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "record" in said and "100%" in said
 
 
 def test_the_hash_knows_model_and_heads(model, exits, x):

@@ -171,8 +171,9 @@ def test_fit_record_calibrate_from_the_command_line(pictures, tmp_path):
     done = call("fit", *common, "--at", "0.25,0.5", "--steps", 3, "--out", exits, "--json", tmp_path / "fit.json")
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "fit.json").read_text())["at"] == [1, 2] and "held-out images" in done.output
+    assert all(f"{what} ━" in done.output for what in ("gather states", "fit exits"))
     done = call("record", f"--model={common[1]}", *common[2:], "--exits", exits, "--out", trace)
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == 0 and "record ━" in done.output, done.output
     assert offramp.Trace.load(trace).depths == (1, 2, 4)
     assert call("calibrate", trace, "--risk", "accuracy_drop").exit_code == 0
     model.eval()

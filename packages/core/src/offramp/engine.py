@@ -70,6 +70,11 @@ def decide(policy: ExitPolicy, state: State, seen: Evidence) -> tuple[Tensor, St
     return stop & finite, state, finite
 
 
+def chosen(rows: Tensor, index: Tensor) -> Tensor:
+    """Return the rows of `index`, which is in order; all of them without a copy."""
+    return rows if len(index) == len(rows) else rows[index]
+
+
 class SinglePass:
     """Drives one forward of the user's own model; bound methods are hooked in, so a deep copy of the model works too.
 
@@ -89,8 +94,9 @@ class SinglePass:
         self.active = self.through = False
         self.batch = self.ran = 0
         self.rows: Tensor | None = None
-        self.depths = torch.empty(0, dtype=torch.long)
+        #: those that left, exit by exit: their rows, states and answers, and from which depth
         self.left: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self.exited: list[int] = []
         self.state: State = {}
         self.previous: Tensor | None = None
 
@@ -125,10 +131,18 @@ class SinglePass:
         if output is not None and self.active:
             stats = self.run.stats
             stats.blocks_run += self.ran
-            stats.last_depths = self.depths.cpu()
+            stats.last_depths = self.depths()
             stats.count(stats.last_depths)
             stats.blocks_full += self.batch * self.run.backbone.depth
         self.forget()
+
+    def depths(self) -> Tensor:
+        """Return the depth at which each row of the batch was decided [rows]."""
+        device = None if self.rows is None else self.rows.device
+        found = torch.full((self.batch,), self.run.backbone.depth, device=device)
+        for depth, (rows, *_) in zip(self.exited, self.left, strict=True):
+            found[rows] = depth
+        return found.cpu()
 
     def block(self, index: int, call: Call) -> Any:
         """Run one block on the rows that are left; at an exit, let finished rows go; after the last, put all back."""
@@ -157,7 +171,6 @@ class SinglePass:
     def start(self, hidden: Tensor) -> None:
         """Begin a batch: every row is in."""
         self.batch = hidden.shape[0]
-        self.depths = torch.full((self.batch,), self.run.backbone.depth, device=hidden.device)
         self.state = self.run.policy.start(self.batch, hidden.device)
 
     def exit(self, index: int, hidden: Tensor) -> Tensor | None:
@@ -167,13 +180,13 @@ class SinglePass:
         seen = look(run, index, pooled, self.previous)
         stop, self.state, finite = decide(run.policy, self.state, seen)
         self.previous = pooled if run.looks_back else None
-        counts = torch.stack([stop.sum(), finite.numel() - finite.sum()]).tolist()  # the host sync of an exit
-        run.stats.nonfinite += counts[1]
-        if not counts[0]:
+        stops, sound = torch.stack([stop, finite]).tolist()  # the host sync of an exit; counted here: 4 operations less
+        run.stats.nonfinite += sound.count(False)
+        if not (count := stops.count(True)):
             return None
-        gone, answer = compact(stop, count=counts[0])[0], None
+        gone, answer = compact(stop, count=count)[0], None
         if self.output is not None and seen.prediction is not None:
-            answer = seen.prediction[gone]
+            answer = chosen(seen.prediction, gone)
         elif self.output is not None:  # a policy that never looked at the logits: a broken head must not answer, and
             # that is known only now, by a second host sync
             answer = run.exits[seen.depth](pooled[gone])
@@ -191,8 +204,13 @@ class SinglePass:
     def leave(self, depth: int, hidden: Tensor, stop: Tensor, gone: Tensor, answer: Tensor | None) -> Tensor:
         """Take the rows `gone`, marked in `stop`, out of the batch; returns the indices of those that go on."""
         rows = self.rows if self.rows is not None else torch.arange(len(stop), device=hidden.device)
-        self.left.append((rows[gone], self.leaving(hidden, gone), answer))
-        self.depths[rows[gone]] = depth
+        left = chosen(rows, gone)
+        self.left.append((left, self.leaving(hidden, gone), answer))
+        self.exited.append(depth)
+        if len(gone) == len(stop):  # nothing is asked about rows any more
+            kept = self.rows = gone[:0]
+            self.state, self.previous = {}, None
+            return kept
         kept, self.rows, *rest = compact(~stop, rows, *self.state.values(), count=len(stop) - len(gone))
         self.state = dict(zip(self.state, rest, strict=True))
         if self.previous is not None:
@@ -205,7 +223,7 @@ class SinglePass:
 
     def leaving(self, hidden: Tensor, gone: Tensor) -> Tensor:
         """Return what is kept of the states of rows that leave; overridden where only their answers are."""
-        return hidden if gone.numel() == self.batch else hidden[gone]  # all at once: no copy
+        return chosen(hidden, gone)
 
     def restore(self, hidden: Tensor) -> Tensor:
         """Return the whole batch in order: rows that ran to the end and the exit states of those that left."""

@@ -22,7 +22,7 @@ from offramp.head import gated
 from offramp.live import CACHE_BYTES, Live, same, share_gradient
 from offramp.loss import Loss, Moment, Schedule
 from offramp.policy import SchedulePolicy
-from offramp.record import batches, evaluating, track
+from offramp.record import batches, batches_in, evaluating, track
 from offramp.schedule import check_training
 from offramp.stages import Stage, plan
 
@@ -90,7 +90,7 @@ def fit(
                     frozen = not stage.backbone
                     source: Any = Live(exits, data, batch_size, seed, layer_dropout, fixed, frozen, taps, even, deepest)
                 else:
-                    source = _States(exits, data, batch_size, rows, seed, stage.loss.deepest)
+                    source = _States(exits, data, batch_size, rows, seed, stage.loss.deepest, progress)
                 report.before = report.before if n else source.agreement()
                 _train(exits, source, stage, report, lr, weight_decay, weights, progress)
                 report.agreement = source.agreement()
@@ -246,17 +246,17 @@ def value_of(
 class _States:
     """Rows of hidden states in random order, endlessly; the last tenth is kept for the report."""
 
-    def __init__(self, exits: Exits, data: Any, batch_size: int, rows: int, seed: int, deepest: bool) -> None:
+    def __init__(self, exits: Exits, data: Any, size: int, rows: int, seed: int, deepest: bool, show: bool) -> None:
         self.exits, self.rows = exits, rows
         self.generator = torch.Generator().manual_seed(seed)
-        parts, size = [], 0
+        parts, held = [], 0
         with torch.no_grad():
-            for batch in batches(data, batch_size):
+            for batch in track(batches(data, size), "gather states", show, batches_in(data, size)):
                 parts.append(one := exits.observe(batch, deepest=deepest))
-                size += sum(h.numel() * h.element_size() for h in one.kept())
-                if size > CACHE_BYTES:
+                held += sum(h.numel() * h.element_size() for h in one.kept())
+                if held > CACHE_BYTES:
                     warnings.warn(
-                        f"fit uses the first {len(parts)} batches: their states fill {size} bytes", stacklevel=4
+                        f"fit uses the first {len(parts)} batches: their states fill {held} bytes", stacklevel=4
                     )
                     break
         if not parts or not sum(len(p.final) for p in parts):

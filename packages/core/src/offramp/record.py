@@ -50,6 +50,16 @@ def batches(data: Any, batch_size: int) -> Iterator[Any]:
         )
 
 
+def batches_in(data: Any, batch_size: int) -> int | None:
+    """Return how many batches `batches` yields, None where only going through the data would tell."""
+    check_size(batch_size)
+    if isinstance(data, Mapping):
+        data = next((v for v in data.values() if isinstance(v, Tensor)), ())
+    elif not isinstance(data, Tensor):
+        return len(data) if hasattr(data, "__len__") else None
+    return -(-len(data) // batch_size)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put every module into eval mode inside this context, and each back into its own mode after it."""
@@ -108,7 +118,7 @@ def record(
     generator = torch.Generator().manual_seed(seed)
     with evaluating(model), paused(model), torch.no_grad():
         data = exits.backbone.batched(data, batch_size)
-        for batch in track(batches(data, batch_size), "record", progress):
+        for batch in track(batches(data, batch_size), "record", progress, batches_in(data, batch_size)):
             spent = measure(exits, batch, costs) if spent is None else spent
             parts.append(_one(exits, batch, per_row, generator, logits))
     if not parts or not sum(len(p["label"]) for p in parts):

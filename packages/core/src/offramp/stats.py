@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -46,8 +47,7 @@ class Stats:
     def count(self, depths: Tensor) -> None:
         """Take in the exit depth of every row of one call. depths: int64 [rows]."""
         self.rows += depths.numel()
-        values, counts = depths.unique(return_counts=True)
-        for depth, n in zip(values.tolist(), counts.tolist(), strict=True):
+        for depth, n in Counter(depths.tolist()).items():
             self.exits[depth] = self.exits.get(depth, 0) + n
 
     def to_dict(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from offramp_vision.study import SHAPES, Part, Plan, Shape, parts
 from offramp_vision.training import trained
 
 #: depths of the exits: four, for which LGViT has two kinds of heads in two forms each
-AT = {"ViT": (1, 2, 3, 4), "CNN": (2, 4, 5, 6)}
+AT = {"ViT": (1, 2, 3, 4), "CNN": (3, 5, 7, 9)}
 #: ways to train exits of a frozen model: head, its options, loss
 WAYS: dict[str, tuple[str, dict[str, Any], str]] = {
     "pooled_linear": ("pooled_linear", {}, "labels"),
@@ -35,7 +35,7 @@ class Ask:
 
     seeds: int = 3
     steps: int = 100
-    share: float = 0.4
+    share: float = 0.75
 
 
 @one_thread()

@@ -30,7 +30,7 @@ def demo_vision(folder: Folder = Path("demo"), quick: Quick = False, out: Json =
 def bench_heads(
     seeds: Annotated[int, typer.Option(min=1, help="Splits and weights to take the mean over.")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of the heads.")] = 100,
-    share: Annotated[float, typer.Option(min=0.0, help="Share of the classifiers' own training steps.")] = 0.4,
+    share: Annotated[float, typer.Option(min=0.0, help="Share of the classifiers' own training steps.")] = 0.75,
     out: Json = None,
 ) -> None:
     """Measure how right LGViT's heads are against linear ones, at every exit of frozen classifiers."""

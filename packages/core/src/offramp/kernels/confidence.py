@@ -23,21 +23,18 @@ def confidence(logits: Tensor, needs: Set[str]) -> dict[str, Tensor]:
         found["energy"] = -logits.float().logsumexp(-1)
     if not needs & {"top1", "margin", "entropy", "sharpened"}:
         return {**found, "label": logits.argmax(-1)} if "label" in needs else found
-    log_p = logits.float().log_softmax(-1)
+    p = logits.float().softmax(-1)
     if "margin" in needs and logits.shape[-1] > 1:
-        top, index = log_p.topk(2, dim=-1)
-        pair = top.exp()
-        found["margin"], best, found["label"] = pair[..., 0] - pair[..., 1], pair[..., 0], index[..., 0]
+        pair, index = p.topk(2, dim=-1)
+        found["margin"], found["top1"], found["label"] = pair[..., 0] - pair[..., 1], pair[..., 0], index[..., 0]
     else:
-        value, found["label"] = log_p.max(-1)
-        best = value.exp()
+        found["top1"], found["label"] = p.max(-1)
         if "margin" in needs:
-            found["margin"] = best
-    found["top1"] = best
+            found["margin"] = found["top1"]
     if "entropy" in needs:
-        found["entropy"] = torch.special.entr(log_p.exp()).sum(-1)  # entr(0) = 0: a masked class (-inf) adds nothing
+        found["entropy"] = torch.special.entr(p).sum(-1)  # entr(0) = 0: a masked class (-inf) adds nothing
     if "sharpened" in needs:
-        found["sharpened"] = torch.special.entr((2 * log_p).softmax(-1)).sum(-1)
+        found["sharpened"] = torch.special.entr((2 * logits.float()).softmax(-1)).sum(-1)
     return found
 
 
