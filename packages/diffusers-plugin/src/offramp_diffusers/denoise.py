@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from offramp_diffusers.backbones.transformer import TransformerBackbone
 
 
+#: where there are no depths and no levels; one for all, because making a tensor took 2 microseconds
+NOTHING = torch.empty(0)
+
+
 class Denoise:
     """Drives one call of the user's own denoiser; bound methods are hooked in, so a deep copy of the model works too.
 
@@ -60,9 +64,9 @@ class Denoise:
         self.stop: int | None = None
         self.resume = self.depth
         self.size: tuple[int, int] | None = None
-        self.depths = torch.empty(0, dtype=torch.long)
+        self.depths = NOTHING
         #: noise levels [rows or 1] of a call, on the host; from `start` on [rows], where the batch is
-        self.levels = torch.empty(0)
+        self.levels = NOTHING
         #: rows that go on, None for all of them; rows that leave before a block, by its index
         self.rows: Tensor | None = None
         self.leaving: dict[int, Tensor] = {}
@@ -106,14 +110,15 @@ class Denoise:
             return
         self._check_hooks()
         self.active, self.size = True, self.backbone.size(module, args, kwargs)
-        if self.schedule is not None or self.estimates:
-            self.levels = self.backbone.noise(args, kwargs)
         if self.schedule is not None:
-            depths = [self.schedule.windows(level, self.depth)[0][1] for level in self.levels.tolist()]
+            levels = self.backbone.noise(args, kwargs)
+            depths = [self.schedule.windows(level, self.depth)[0][1] for level in levels]
             if len(set(depths)) == 1:
                 self.halt(depths[0])
             else:
                 self.depths = torch.tensor(depths)
+        elif self.estimates:
+            self.levels = torch.tensor(self.backbone.noise(args, kwargs), dtype=torch.float64)
 
     def halt(self, depth: int) -> None:
         """Let the whole batch stop at a depth."""
@@ -147,9 +152,12 @@ class Denoise:
         if output is not None and self.active and self.batch:
             stats = self.run.stats
             stats.blocks_run += self.ran
-            depths = self.depths if self.stop is None else torch.full((self.batch,), self.stop)
-            stats.last_depths = depths.cpu()
-            stats.count(stats.last_depths)
+            if self.stop is None:
+                stats.last_depths = self.depths.cpu()
+                stats.count(stats.last_depths)
+            else:
+                stats.last_depths = torch.full((self.batch,), self.stop)
+                stats.add(self.stop, self.batch)
             stats.blocks_full += self.batch * self.depth
         self.forget()
 
