@@ -57,12 +57,13 @@ def tune(
     of diffusers, which says how noise is added and what is predicted; schedule: None trains every depth, drawn evenly,
     which is what measuring with `errors` and `fit_schedule` need; teacher: a copy of the model from before, whose
     answers with all blocks are learned instead of the noise that was drawn (output distillation): they vary less than
-    it, so that far fewer steps do, and what comes out is as good as the teacher and no better; lr: the highest rate, which falls to nothing by the last step; batch_size: rows per step, of all processes together
-    (`accelerate launch`); ema: decay of the average of the weights that the model ends with, 0 for none; lora: rank, to
-    train only a PEFT adapter on the attention projections, which a second training goes on with; folder: where a
-    checkpoint is written after `every` steps, which resume=True goes on from, to the same weights as without a break;
-    options: the loss's. Raises `BadArgument`, `NotAttached`, `DamagedFile`. Paper: ASE (arXiv 2408.05927); it runs all
-    blocks and picks a state, here rows leave where their levels say, and no block runs in vain.
+    it, so that far fewer steps do, and what comes out is as good as the teacher and no better; lr: the highest rate,
+    which falls to nothing by the last step; batch_size: rows per step, of all processes together (`accelerate launch`);
+    ema: decay of the average of the weights that the model ends with, 0 for none; lora: rank, to train only a PEFT
+    adapter on the attention projections, which a second training goes on with; folder: where a checkpoint is written
+    after `every` steps, which resume=True goes on from, to the same weights as without a break; options: the loss's.
+    Raises `BadArgument`, `NotAttached`, `DamagedFile`. Paper: ASE (arXiv 2408.05927); it runs all blocks and picks a
+    state, here rows leave where their levels say, and no block runs in vain.
     """
     model = part(model)
     objective = objective_of(loss, options, "at", "level", "ase")
