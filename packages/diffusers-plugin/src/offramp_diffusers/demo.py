@@ -29,7 +29,7 @@ from offramp_diffusers.tune_heads import tune_uncertainty
 from offramp_diffusers.ways import SAME, Trial, Way
 
 #: share of the blocks that the fitted schedule may run; never deeper for more noise: without that rule the same table
-#: gave [7, 8, 7, 8, 6, 6, 3, 3, 4, 4], by chance in the errors, and 5 % more distance
+#: gave [7, 8, 7, 8, 6, 6, 3, 3, 4, 4], by chance in the errors
 BUDGET = 0.7
 #: share of the blocks that DuoDiff runs above noise level 300: 3 of 13; all of them below
 DUO = 3 / 13
@@ -43,7 +43,7 @@ class Plan:
     that settings are chosen on; solver: its steps."""
 
     base: int = 2000
-    more: int = 400
+    more: int = 600
     measured: int = 200
     heads: int = 300
     rows: int = 2000
@@ -168,7 +168,7 @@ class _Trainer:
         """Return a copy that learned the full model's answers for so many steps."""
         copied = copy.deepcopy(model)
         with step(self.console, f"tune for {what}"):
-            self.tune(copied, schedule, steps, seed, lr=1e-3, teacher=self.full)
+            self.tune(copied, schedule, steps, seed, lr=2e-3, teacher=self.full)
         return copied
 
 
