@@ -28,10 +28,6 @@ if TYPE_CHECKING:
     from offramp_diffusers.backbones.transformer import TransformerBackbone
 
 
-#: where there are no depths and no levels; one for all, because making a tensor took 2 microseconds
-NOTHING = torch.empty(0)
-
-
 class Denoise:
     """Drives one call of the user's own denoiser; bound methods are hooked in, so a deep copy of the model works too.
 
@@ -64,9 +60,8 @@ class Denoise:
         self.stop: int | None = None
         self.resume = self.depth
         self.size: tuple[int, int] | None = None
-        self.depths = NOTHING
         #: noise levels [rows or 1] of a call, on the host; from `start` on [rows], where the batch is
-        self.levels = NOTHING
+        self.levels = self.depths = torch.empty(0)
         #: rows that go on, None for all of them; rows that leave before a block, by its index
         self.rows: Tensor | None = None
         self.leaving: dict[int, Tensor] = {}
@@ -111,8 +106,7 @@ class Denoise:
         self._check_hooks()
         self.active, self.size = True, self.backbone.size(module, args, kwargs)
         if self.schedule is not None:
-            levels = self.backbone.noise(args, kwargs)
-            depths = [self.schedule.windows(level, self.depth)[0][1] for level in levels]
+            depths = [self.schedule.windows(at, self.depth)[0][1] for at in self.backbone.noise(args, kwargs)]
             if len(set(depths)) == 1:
                 self.halt(depths[0])
             else:
@@ -150,15 +144,14 @@ class Denoise:
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Count the rows of a call that went through; one that raised has no output."""
         if output is not None and self.active and self.batch:
-            stats = self.run.stats
+            stats, stop = self.run.stats, self.stop
             stats.blocks_run += self.ran
-            if self.stop is None:
-                stats.last_depths = self.depths.cpu()
+            stats.blocks_full += self.batch * self.depth
+            stats.last_depths = self.depths.cpu() if stop is None else torch.full((self.batch,), stop)
+            if stop is None:
                 stats.count(stats.last_depths)
             else:
-                stats.last_depths = torch.full((self.batch,), self.stop)
-                stats.add(self.stop, self.batch)
-            stats.blocks_full += self.batch * self.depth
+                stats.add(stop, self.batch)
         self.forget()
 
     def block(self, index: int, call: Call) -> Any:
