@@ -10,7 +10,7 @@ from offramp_diffusers.ways import SETTINGS
 def test_every_cache_is_measured_alone_and_with_exits():
     from rich.console import Console
 
-    size = bench_caches.Size(rows=40, choice=20, rounds=1, steps=4)
+    size = bench_caches.Size(rows=40, rounds=1, steps=4)
     body = bench_caches.run(Console(quiet=True), demo.QUICK, size)
     rows = {row["name"]: row for row in body["rows"]}
     assert set(rows) == {"full", "early", *SETTINGS, *(f"early + {c}" for c in SETTINGS)}

@@ -205,17 +205,34 @@ def test_a_cache_on_top_of_heads_with_maps_of_their_own_is_refused(cache, flux):
         assert noise(model, given).isfinite().all() and run.stats.exits == {2: 1}
 
 
-def test_pyramid_attention_broadcast_beside_exits(flux):
-    """It lives inside the attention of blocks that run, so the order does not matter."""
+@pytest.mark.parametrize("first", ["exits", "cache"])
+def test_pyramid_attention_broadcast_in_both_orders(first, flux):
+    """It lives inside the attention of blocks that run: every second one is left out, and those behind the exit never
+    run at all, as in the model that ends there."""
     model, given = flux
-    config = PyramidAttentionBroadcastConfig(
-        spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(100, 950),
-        current_timestep_callback=lambda: 900,
-    )  # fmt: skip
-    model.enable_cache(config)
-    with offramp.enable(model, "time_schedule", **TABLE) as run, model.cache_context("cond"):
-        assert noise(model, given).isfinite().all()
-    assert run.stats.last_depths.tolist() == [2]
+    short = copy.deepcopy(model)
+    short.transformer_blocks, short.single_transformer_blocks = short.transformer_blocks[:2], torch.nn.ModuleList()
+    steps = [{**given, "hidden_states": torch.randn(1, 16, 4)} for _ in range(4)]
+    pab = {
+        "spatial_attention_block_skip_range": 2, "spatial_attention_timestep_skip_range": (100, 950),
+        "current_timestep_callback": lambda: 900,
+    }  # fmt: skip
+    ran, blocks = [], [*model.transformer_blocks, *model.single_transformer_blocks]
+    for i, block in enumerate(blocks):
+        block.attn.to_q.register_forward_hook(lambda *_, i=i: ran.append(i))
+    exits = offramp.enable(model, "time_schedule", **TABLE) if first == "exits" else None
+    for one in (model, short):
+        one.enable_cache(PyramidAttentionBroadcastConfig(**pab))
+    exits = exits or offramp.enable(model, "time_schedule", **TABLE)
+    with model.cache_context("cond"), short.cache_context("cond"):
+        assert all(torch.equal(noise(model, step), noise(short, step)) for step in steps)
+    assert ran == [0, 1, 0, 1] and exits.stats.exits == {2: 4}
+    model._reset_stateful_cache()  # what a pipeline does in the end
+    exits.disable()
+    model.disable_cache()
+    ran.clear()
+    noise(model, given)
+    assert ran == list(range(6))
 
 
 def test_hooks_that_another_library_took_off_are_noticed(dit, batch):
@@ -469,6 +486,39 @@ def test_a_pipeline_that_is_offloaded_before_or_after_enabling(first, dit):
         assert torch.equal(paint(pipe), early)
     assert run.stats.rows == 2 * 4 * 4 and run.stats.saved > 0.2
     run.disable()
+    assert torch.equal(paint(pipe), full)
+
+
+@pytest.mark.parametrize("first", ["exits", "offload"])
+def test_sequential_offloading_before_or_after_enabling(first, dit, monkeypatch):
+    """`enable_sequential_cpu_offload` calls accelerate's `cpu_offload` on every component: its weights lie on no device
+    and come leaf by leaf, here to the CPU, and those of skipped blocks do not come."""
+    from accelerate import cpu_offload
+    from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
+
+    pipe, came, load = pipeline(dit), [], AlignDevicesHook.pre_forward
+    full = paint(pipe)
+    with offramp.enable(pipe, "time_schedule", **TABLE):
+        early = paint(pipe)
+    queries = {id(block.attn1.to_q): i for i, block in enumerate(dit.transformer_blocks)}
+
+    def counted(hook, module, *args, **kwargs):
+        came.extend([queries[id(module)]] if id(module) in queries else [])
+        return load(hook, module, *args, **kwargs)
+
+    monkeypatch.setattr(AlignDevicesHook, "pre_forward", counted)
+    if first == "offload":
+        cpu_offload(dit, torch.device("cpu"))
+    run = offramp.enable(pipe, "time_schedule", **TABLE)
+    if first == "exits":
+        cpu_offload(dit, torch.device("cpu"))
+    assert all(p.is_meta for p in dit.parameters())
+    for _ in range(2):
+        assert torch.equal(paint(pipe), early)
+    assert [came.count(i) for i in range(6)] == [8, 8, 6, 6, 4, 4] and run.stats.saved > 0.2
+    run.disable()
+    assert torch.equal(paint(pipe), full)
+    remove_hook_from_module(dit, recurse=True)
     assert torch.equal(paint(pipe), full)
 
 

@@ -208,12 +208,12 @@ def test_strangers_are_declared_in_one_call(family, monkeypatch):
     ],
 )
 def test_noise_levels(given, wanted):
-    assert noise_level(ModelFacts(("blocks",)), {}, given).tolist() == wanted
+    assert noise_level(ModelFacts(("blocks",)), {}, given) == wanted
 
 
 def test_noise_levels_on_other_scales():
-    assert noise_level(ModelFacts((), full=1.0, rising=True), {}, 0.25).tolist() == [750.0]
-    assert noise_level(ModelFacts((), scaled_by="scale"), {"scale": 0.001}, 0.25).tolist() == [250.0]
+    assert noise_level(ModelFacts((), full=1.0, rising=True), {}, 0.25) == [750.0]
+    assert noise_level(ModelFacts((), scaled_by="scale"), {"scale": 0.001}, 0.25) == [250.0]
 
 
 @pytest.mark.parametrize("given", [1010, -3.0, float("nan"), torch.tensor([5.0, 2000.0])])

@@ -45,6 +45,10 @@ def adapter(model, **more):
     return whole(model, lora=2, **more)
 
 
+def taught(model, **more):
+    return whole(model, teacher=fresh(), **more)
+
+
 def heads(model, **more):
     offramp.attach(model, at=[1, 3], head="bottleneck", r=4)
     given = {"steps": 6, "lr": 1e-2, "batch_size": 4, "progress": False, **more}
@@ -57,7 +61,7 @@ def estimates(model, **more):
     return tune_uncertainty(model, rows(), DDPMScheduler(), **given)
 
 
-WAYS = {way.__name__: way for way in (whole, adapter, heads, estimates)}
+WAYS = {way.__name__: way for way in (whole, adapter, taught, heads, estimates)}
 
 
 def interrupt_after(model, calls):
@@ -102,6 +106,8 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path, marks):
     wanted = r"of another training: lora was None and is 2; lr was 0.001 and is 0.5; steps was 6 and is 9"
     with pytest.raises(BadArgument, match=wanted):
         adapter(model, folder=tmp_path, resume=True, lr=0.5, steps=9)
+    with pytest.raises(BadArgument, match="of another training: teacher was None and is '[0-9a-f]{16}'"):
+        taught(model, folder=tmp_path, resume=True)
     assert marks(model) == before and all(torch.equal(v, values[k]) for k, v in model.state_dict().items())
     with pytest.raises(BadArgument, match="there is no checkpoint in"):
         whole(fresh(), folder=tmp_path / "nowhere", resume=True)

@@ -1,5 +1,7 @@
 """Tuning runs only the depth that it trains, ends with a better early model, and measures what it says."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import (
@@ -51,10 +53,37 @@ def test_rows_of_one_step_leave_where_their_levels_say(dit, data, monkeypatch):
 @pytest.mark.parametrize("scheduler", [DDPMScheduler(), FlowMatchEulerDiscreteScheduler()])
 def test_tuning_helps_the_depth_it_trains(dit, data, scheduler):
     before = errors(dit, data, scheduler, 2, depths=[2, 6], rows=32, progress=False)
-    report = tune(dit, data, scheduler, TimeSchedule((2,)), steps=60, lr=3e-3, batch_size=16, ema=0.9, progress=False)
+    report = tune(dit, data, scheduler, TimeSchedule((2,)), steps=90, lr=3e-3, batch_size=16, ema=0.9, progress=False)
     after = errors(dit, data, scheduler, 2, depths=[2, 6], rows=32, progress=False)
-    assert (after[:, 0] < 0.5 * before[:, 0]).all() and len(report.losses) == 60
+    assert (after[:, 0] < 0.5 * before[:, 0]).all() and len(report.losses) == 90
     assert report.parameters == sum(p.numel() for p in dit.parameters())
+
+
+def test_a_teacher_is_followed_with_all_its_blocks_and_stays_as_it_is(dit, data):
+    teacher = copy.deepcopy(dit).train()
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    given = {"hidden_states": data["sample"], "timestep": torch.arange(32) * 30, "class_labels": data["class_labels"]}
+
+    def apart():
+        with torch.no_grad(), offramp.enable(dit, TimeSchedule((2,))):
+            return float((dit(**given).sample - teacher.eval()(**given).sample).square().mean())
+
+    first = apart()
+    teacher.train()
+    with offramp.enable(teacher, TimeSchedule((1,))) as run:  # whatever is enabled on it, it is asked in full
+        common = {"steps": 60, "lr": 3e-3, "batch_size": 16, "ema": 0.9, "progress": False}
+        tune(dit, data, DDPMScheduler(), TimeSchedule((2,)), teacher=teacher, **common)
+        assert run.stats.rows == 0
+    assert teacher.training and apart() < 0.2 * first
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+def test_who_cannot_teach_is_refused(dit, data, marks):
+    before = marks(dit)
+    for teacher, what in ((dit, "the model itself, which changes"), (torch.nn.Linear(2, 2), "a Linear")):
+        with pytest.raises(BadArgument, match=f"teacher= is {what}; give another DiTTransformer2DModel"):
+            tune(dit, data, DDPMScheduler(), TimeSchedule((2,)), teacher=teacher, steps=1, progress=False)
+    assert marks(dit) == before
 
 
 @pytest.mark.parametrize("told", [{}, {"full": 1.0}, {"full": 1.0, "rising": True}])
@@ -68,7 +97,7 @@ def test_a_flow_model_is_told_the_level_that_the_image_was_mixed_at(dit, monkeyp
     given, wanted, levels = noised(black, torch.arange(64), scheduler, between, draw, dit)
     share = (given["hidden_states"] / wanted).flatten(1).mean(1)
     assert torch.allclose(levels, 1000 * share, atol=1e-2)
-    assert torch.allclose(noise_level(kind, {}, given["timestep"]).float(), 1000 * share, atol=1e-2)
+    assert torch.allclose(torch.tensor(noise_level(kind, {}, given["timestep"])), 1000 * share, atol=1e-2)
     sigmas = scheduler.sigmas.sort().values
     assert all((sigmas - s).abs().min() < 1e-5 for s in share)
 

@@ -25,13 +25,14 @@ def demo_diffusion(
     folder: Folder = Path("demo"),
     quick: Quick = False,
     model: Annotated[str, typer.Option(help="dit, or uvit: its deep blocks also read states of shallow ones.")] = "dit",
+    seed: Annotated[int, typer.Option(min=0, help="Of the trainings.")] = 0,
     out: Json = None,
 ) -> None:
     """Train a small denoiser on digits, fit a schedule of depths, and sample with fewer blocks."""
     from offramp_diffusers.demo import run
     from offramp_diffusers.page import summary
 
-    body = run(folder, quick, console(), model)
+    body = run(folder, quick, console(), model, seed)
     write_json(out, body)
     console().print(table(body))
     console().print(escape(summary(body)), soft_wrap=True)

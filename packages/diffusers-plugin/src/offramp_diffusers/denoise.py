@@ -60,9 +60,8 @@ class Denoise:
         self.stop: int | None = None
         self.resume = self.depth
         self.size: tuple[int, int] | None = None
-        self.depths = torch.empty(0, dtype=torch.long)
         #: noise levels [rows or 1] of a call, on the host; from `start` on [rows], where the batch is
-        self.levels = torch.empty(0)
+        self.levels = self.depths = torch.empty(0)
         #: rows that go on, None for all of them; rows that leave before a block, by its index
         self.rows: Tensor | None = None
         self.leaving: dict[int, Tensor] = {}
@@ -106,14 +105,14 @@ class Denoise:
             return
         self._check_hooks()
         self.active, self.size = True, self.backbone.size(module, args, kwargs)
-        if self.schedule is not None or self.estimates:
-            self.levels = self.backbone.noise(args, kwargs)
         if self.schedule is not None:
-            depths = [self.schedule.windows(level, self.depth)[0][1] for level in self.levels.tolist()]
+            depths = [self.schedule.windows(at, self.depth)[0][1] for at in self.backbone.noise(args, kwargs)]
             if len(set(depths)) == 1:
                 self.halt(depths[0])
             else:
                 self.depths = torch.tensor(depths)
+        elif self.estimates:
+            self.levels = torch.tensor(self.backbone.noise(args, kwargs), dtype=torch.float64)
 
     def halt(self, depth: int) -> None:
         """Let the whole batch stop at a depth."""
@@ -145,12 +144,14 @@ class Denoise:
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Count the rows of a call that went through; one that raised has no output."""
         if output is not None and self.active and self.batch:
-            stats = self.run.stats
+            stats, stop = self.run.stats, self.stop
             stats.blocks_run += self.ran
-            depths = self.depths if self.stop is None else torch.full((self.batch,), self.stop)
-            stats.last_depths = depths.cpu()
-            stats.count(stats.last_depths)
             stats.blocks_full += self.batch * self.depth
+            stats.last_depths = self.depths.cpu() if stop is None else torch.full((self.batch,), stop)
+            if stop is None:
+                stats.count(stats.last_depths)
+            else:
+                stats.add(stop, self.batch)
         self.forget()
 
     def block(self, index: int, call: Call) -> Any:

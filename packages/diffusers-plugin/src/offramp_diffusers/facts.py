@@ -155,8 +155,8 @@ def full_of(facts: ModelFacts, config: Any) -> float:
     return facts.full * (float(config[facts.scaled_by]) if facts.scaled_by else 1.0)
 
 
-def noise_level(facts: ModelFacts, config: Any, given: Any) -> Tensor:
-    """Return the noise level of every row, float [rows or 1] from 0 to 1000, on the host.
+def noise_level(facts: ModelFacts, config: Any, given: Any) -> list[float]:
+    """Return the noise level of every row, [rows or 1], from 0 to 1000.
 
     given: the argument as the model gets it: a number, [rows], or one per token [rows, tokens], of which the highest
     counts (tokens of a first frame that is given have 0). Raises `BadArgument` outside the model's range.
@@ -165,7 +165,7 @@ def noise_level(facts: ModelFacts, config: Any, given: Any) -> Tensor:
     value = value.reshape(1) if value.dim() == 0 else value.flatten(1).amax(1) if value.dim() > 1 else value
     full = full_of(facts, config)
     # numbers of Python from here on: ten operations on a tensor of one number took 54 of the 90 microseconds that a
-    # schedule costs a call
+    # schedule cost a call
     told: list[float] = value.tolist()
     levels = [t / full * FULL for t in told]
     # bfloat16 rounds 999 to 1000; NaN fails this comparison too
@@ -175,7 +175,7 @@ def noise_level(facts: ModelFacts, config: Any, given: Any) -> Tensor:
             f"levels applies; pass the time step as the scheduler gives it, or declare(..., ModelFacts(full=...))"
         )
     levels = [min(max(level, 0.0), FULL) for level in levels]
-    return torch.tensor([FULL - level for level in levels] if facts.rising else levels, dtype=torch.float64)
+    return [FULL - level for level in levels] if facts.rising else levels
 
 
 @cache  # asked at every call of a model, and a class's signature does not change

@@ -102,9 +102,11 @@ def _table(body: Mapping[str, Any]) -> str:
     return (
         f"<p>Means over DDIM, DPM-Solver++ and UniPC of {body['solver_steps']} steps, {body['samples']} samples each. "
         f"The classifier that gives distance and accuracy is right on {body['judge_accuracy']:.1%} of held-out digits. "
-        f"All models were trained for as many steps, and all ways of a solver start from the same noise. two_stage is "
-        f"the published table of DuoDiff; early, bolder is fitted to run as few blocks as it does. A cache "
-        f"counts as saving the blocks that it did not run; its setting ({_settings(body)}) is the boldest of those "
+        f"full was trained for {body['steps']['full']} steps. Every other model goes on from it, and learns its "
+        f"answers for {body['steps']['others']} steps (output distillation, in which full itself would stay as it is). "
+        f"All ways of a solver start from the same noise. two_stage is the published table of DuoDiff; early, bolder "
+        f"is fitted to run as few blocks as it does. A cache counts as saving the blocks that it did not run; its "
+        f"setting ({_settings(body)}) is the boldest of those "
         f"tried that was within 3 % of the full model's distance on other noise. The gate's threshold is the one that "
         f'runs as many blocks as the schedule.</p><div class="scroll"><table><thead><tr>{titles}'
         f"</tr></thead><tbody>{rows}</tbody></table></div>"

@@ -69,6 +69,11 @@ class How:
         if self.resume and not found:
             raise BadArgument(f"there is no checkpoint in {self.folder} to go on from; leave resume out")
 
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step: up to `lr` over the first twentieth, then down to nothing in the end: at
+        a constant one the small DiT of the demo is a tenth further from the data after 2,000 steps."""
+        return self.lr * min(1.0, (step + 1) / max(1, self.steps // 20)) * (1 - step / self.steps)
+
 
 @dataclass(frozen=True)
 class Task:
@@ -170,7 +175,7 @@ def train(
         done = book.load() if how.resume else 0
         show = how.progress and accelerator.is_main_process
         for number in track(range(done, how.steps), what, show, how.steps - done):
-            optimiser.param_groups[0]["lr"] = how.lr * min(1.0, (number + 1) / max(1, how.steps // 20))
+            optimiser.param_groups[0]["lr"] = how.rate(number)
             policy, level = task.draw(number, generator)
             batch = _share(task, level, how.batch_size, generator, accelerator)
             with enable(task.model, policy):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 from offramp._plugins import adapt, part
 from offramp._registry import create
 from offramp.attach import RECORD
-from offramp.enable import RUN
+from offramp.enable import RUN, paused
 from offramp.errors import BadArgument, NotAttached, UnsupportedModel
 from offramp.loss import Loss
 from offramp.policy import FULL
-from offramp.record import evaluating, track
+from offramp.record import digest, evaluating, track
 from offramp_diffusers.backbones.unet import UNetBackbone
 from offramp_diffusers.facts import parameters
 from offramp_diffusers.noising import kind_of, noised, predict
@@ -36,6 +37,7 @@ def tune(
     scheduler: Any,
     schedule: TimeSchedule | None = None,
     *,
+    teacher: Any = None,
     loss: str | Loss = "ase",
     steps: int = 500,
     lr: float = 1e-5,
@@ -53,29 +55,60 @@ def tune(
 
     data: {"sample": clean images or latents [rows, ...], other arguments of the model by name: [rows, ...]}; scheduler:
     of diffusers, which says how noise is added and what is predicted; schedule: None trains every depth, drawn evenly,
-    which is what measuring with `errors` and `fit_schedule` need; batch_size: rows per step, of all processes together
-    (`accelerate launch`); ema: decay of the average of the weights that the model ends with, 0 for none; lora: rank, to
-    train only a PEFT adapter on the attention projections, which a second training goes on with; folder: where a
-    checkpoint is written after `every` steps, which resume=True goes on from, to the same weights as without a break;
-    options: the loss's. Raises `BadArgument`, `NotAttached`, `DamagedFile`. Paper: ASE (arXiv 2408.05927); it runs all
-    blocks and picks a state, here rows leave where their levels say, and no block runs in vain.
+    which is what measuring with `errors` and `fit_schedule` need; teacher: a copy of the model from before, whose
+    answers with all blocks are learned instead of the noise that was drawn (output distillation): they vary less than
+    it, so that far fewer steps do, and what comes out is as good as the teacher and no better; lr: the highest rate,
+    which falls to nothing by the last step; batch_size: rows per step, of all processes together (`accelerate launch`);
+    ema: decay of the average of the weights that the model ends with, 0 for none; lora: rank, to train only a PEFT
+    adapter on the attention projections, which a second training goes on with; folder: where a checkpoint is written
+    after `every` steps, which resume=True goes on from, to the same weights as without a break; options: the loss's.
+    Raises `BadArgument`, `NotAttached`, `DamagedFile`. Paper: ASE (arXiv 2408.05927); it runs all blocks and picks a
+    state, here rows leave where their levels say, and no block runs in vain.
     """
     model = part(model)
     objective = objective_of(loss, options, "at", "level", "ase")
     depth = _check(model, data, scheduler, schedule)
+    teacher = _check_teacher(model, teacher)
     how = How(steps, lr, batch_size, ema, seed, progress, folder, every, resume)
     _check_lora(model, lora)
     settings = {"loss": repr(objective), "schedule": repr(schedule), "lora": lora, "model": adapt(model).fingerprint()}
+    settings["teacher"] = None if teacher is None else digest("teacher", teacher)
     accelerator = start(how, settings)
 
     def value(given: dict[str, Any], wanted: Tensor, levels: Tensor, policy: Any) -> Tensor:
+        if teacher is not None:
+            with torch.no_grad():
+                wanted = predict(teacher, given, wanted)
         return objective.at(predict(model, given, wanted), wanted, levels)  # type: ignore[no-any-return]
 
     task = Task(model, data, scheduler, lambda _, generator: _draw(schedule, depth, generator), value, train=True)
-    with training(model):
+    with training(model), _whole(teacher, accelerator):
         _add_lora(model, lora)
         weights = [p for p in model.parameters() if p.requires_grad]
         return train(task, weights, "tune", how, accelerator, settings)
+
+
+def _check_teacher(model: nn.Module, teacher: Any) -> Any:
+    """Return the denoiser to learn from, None for none; raises `BadArgument` for one that cannot teach this model."""
+    teacher = None if teacher is None else part(teacher)
+    if teacher is not None and (teacher is model or type(teacher) is not type(model)):
+        what = "the model itself, which changes" if teacher is model else f"a {type(teacher).__name__}"
+        raise BadArgument(
+            f"teacher= is {what}; give another {type(model).__name__}: copy.deepcopy(model) before it is tuned"
+        )
+    return teacher
+
+
+@contextmanager
+def _whole(teacher: Any, accelerator: Any) -> Iterator[None]:
+    """Let the teacher answer with all of its blocks, as when it is used, where this process trains."""
+    if teacher is None:
+        yield
+        return
+    if accelerator.num_processes > 1:
+        teacher.to(accelerator.device)
+    with evaluating(teacher), paused(teacher):
+        yield
 
 
 def objective_of(loss: str | Loss, options: Mapping[str, Any], method: str, third: str, like: str) -> Any:

@@ -159,7 +159,7 @@ class TransformerBackbone(Backbone):
         rows = [kept[d].flatten(0, 1) for d in (*depths, self.depth)]
         return Observed(rows[:-1], rows[-1], sample=torch.arange(images).repeat_interleave(tokens))
 
-    def noise(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def noise(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[float]:
         """Return the noise levels [rows or 1], 0 to 1000, of a call with these arguments; raises `BadArgument`."""
         given = argument(str(self.facts.time), type(self.model), args, kwargs)
         if given is None:
