@@ -148,7 +148,7 @@ class Denoise:
             stats.blocks_run += self.ran
             stats.blocks_full += self.batch * self.depth
             stats.last_depths = self.depths.cpu() if stop is None else torch.full((self.batch,), stop)
-            if stop is None:
+            if stop is None or torch.compiler.is_compiling():  # a model compiled whole would be compiled for each count
                 stats.count(stats.last_depths)
             else:
                 stats.add(stop, self.batch)
