@@ -29,7 +29,7 @@ def test_no_table_within_the_budget_is_better(seed, monotone):
     errors = torch.rand(4, 5, generator=make, dtype=torch.float64)
     steps = torch.randint(1, 4, (4,), generator=make).tolist()
     budget = float(torch.rand((), generator=make)) * 0.6 + 0.3
-    plan = fit_schedule(errors, budget, steps=steps, monotone=monotone)
+    plan = fit_schedule(errors, budget, steps=steps, weights=steps, monotone=monotone)
     spent = sum(s * k for s, k in zip(steps, plan.depths, strict=True))
     assert spent <= budget * 5 * sum(steps) + 1e-9
     got = sum(s * float(errors[b, k - 1]) for b, (s, k) in enumerate(zip(steps, plan.depths, strict=True)))
@@ -41,6 +41,14 @@ def test_noise_that_needs_no_depth_gets_none():
     errors = torch.tensor([[9.0, 4.0, 1.0, 0.0], [0.1, 0.1, 0.1, 0.1]])
     assert fit_schedule(errors, 0.625).depths == (4, 1)
     assert fit_schedule(errors, 1.0).depths == (4, 1)  # of equal tables the shallowest
+
+
+def test_errors_count_by_how_far_they_are_above_the_full_models():
+    """Two bins that gain as much from depth, one with a thousand times the error: they get the same depth."""
+    row = torch.tensor([4.0, 2.0, 1.2, 1.0])
+    errors = torch.stack([1000 * row, row])
+    assert fit_schedule(errors, 0.5).depths == (2, 2)
+    assert fit_schedule(errors, 0.5, weights=[1, 1]).depths == (3, 1)
 
 
 def test_steps_are_counted_by_bin():

@@ -11,6 +11,9 @@ from offramp.errors import BadArgument
 from offramp.policy import FULL
 from offramp_diffusers.policies.time_schedule import TimeSchedule
 
+#: an error is taken for at least so much of the largest
+SMALL = 1e-6
+
 
 def visits(levels: Sequence[float], bins: int) -> list[int]:
     """Return how many of a solver's steps, at these noise levels, fall into each of `bins` equal bins.
@@ -38,15 +41,20 @@ def fit_schedule(
     errors: [bins, depths], how wrong each depth from 1 to the full one is in each bin of noise levels, clean images
     first, as `offramp_diffusers.tune.errors` measures them; budget: share of the blocks, above 0 and up to 1; steps:
     how many of the solver's steps fall into each bin (`visits`), None for as many in each; weights: how much a bin's
-    error counts, None for as much as its steps; monotone: never deeper for more noise. Exact: a table over blocks spent
-    (dynamic programming), bins * depths^2 * steps entries. Raises `BadArgument` where nothing fits the budget.
+    error counts, None for its steps over the full model's error there; monotone: never deeper for more noise. Exact: a
+    table over blocks spent (dynamic programming), bins * depths^2 * steps entries. Raises `BadArgument` where nothing
+    fits the budget.
     """
     table = errors.detach().double().cpu().tolist() if isinstance(errors, Tensor) and errors.dim() == 2 else []
     if not table or not table[0] or not all(math.isfinite(e) for row in table for e in row):
         raise BadArgument("errors must be a finite tensor [bins, depths], as offramp_diffusers.tune.errors returns it")
     bins, depth = len(table), len(table[0])
     count = [1] * bins if steps is None else list(steps)
-    share = [float(c) for c in count] if weights is None else list(weights)
+    # errors of the full model differ 400 times between little and much noise: as they are, they left the noisy bins two
+    # blocks, and the digits of the demo were 26 % further from the data at 45 % of the blocks, against 17 % this way
+    least = SMALL * max(max(row) for row in table)
+    share = [c / max(row[-1], least, SMALL) for c, row in zip(count, table, strict=False)]
+    share = share if weights is None else list(weights)
     if len(count) != bins or len(share) != bins or min(count) < 0 or not sum(count) or min(share) < 0:
         raise BadArgument(f"steps and weights need one number from 0 on for each of the {bins} bins")
     if not 0 < budget <= 1:
