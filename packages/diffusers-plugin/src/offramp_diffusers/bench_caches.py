@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from offramp.cli import step
-from offramp.clock import interleaved
+from offramp.clock import interleaved, one_thread
 from offramp_diffusers import demo, digits
 from offramp_diffusers.ways import SAME, SETTINGS, Trial, Way
 
@@ -31,6 +31,7 @@ class Size:
     steps: int = STEPS
 
 
+@one_thread()
 def run(console: Console, plan: demo.Plan | None = None, size: Size | None = None) -> dict[str, Any]:
     """Return the rows of the bench: full, early, every cache on the full model, and every cache on the early one."""
     from diffusers import DDIMScheduler

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import offramp
 from offramp._plugins import adapt
 from offramp.cli import dump_json, step
-from offramp.clock import origin
+from offramp.clock import one_thread, origin
 from offramp.errors import BadArgument
 from offramp.policy import FULL
 from offramp_diffusers import digits
@@ -80,6 +80,7 @@ class Study:
         return Trial(self.judge, self.real, rows, steps, solver)
 
 
+@one_thread()
 def run(folder: Path, quick: bool, console: Console, model: str = "dit", seed: int = 0) -> dict[str, Any]:
     """Write report.json and report.html into `folder`, and return what the JSON holds; model: of `digits.MODELS`; seed:
     of the trainings."""
