@@ -38,15 +38,18 @@ class Clock:
         #: seconds of this round, of windows (first block, last block, tokens) and of looks (None)
         self.pending: list[tuple[float, tuple[int, int, int] | None]] = []
         self.first = setup.head, tuple(setup.low)
+        self.kind, self.frays = (0, False), False
         self.begin(1, False, False)
 
     def begin(self, rows: int, ragged: bool, frays: bool) -> None:
         """A round of `rows` rows begins. ragged: they have different lengths; frays: they can come to have."""
+        self.drop()
+        if ((rows, ragged), frays) == (self.kind, self.frays):
+            return
         self.kind, self.frays = (rows, ragged), frays
-        costs = self.kinds.get(self.kind)
-        if costs is None:
-            costs = self.kinds[self.kind] = Costs(rows, *self.first)
-        self.costs, self.pending = costs, []
+        if self.kind not in self.kinds:
+            self.kinds[self.kind] = Costs(rows, *self.first)
+        self.costs = self.kinds[self.kind]
         self.tell()
 
     def tell(self) -> None:
