@@ -1,10 +1,11 @@
 """The most memory that a stretch of work takes: what it frees again counts, what was there before does not."""
 
+import resource
 import sys
 
 import torch
 
-from offramp.memory import Peak
+from offramp.memory import Peak, freed_memory_kept
 
 MB = 1 << 20
 
@@ -30,3 +31,32 @@ def test_a_system_that_does_not_say_gives_none(monkeypatch):
     with Peak() as peak:
         torch.ones(MB)
     assert peak.taken is None
+
+
+def _pages() -> int:
+    """Return how many pages this process has taken from the system so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def _taken_again() -> int:
+    """Return how many pages a second tensor of 64 MB takes, made when the first is freed."""
+    torch.ones(64 * MB // 4)
+    before = _pages()
+    torch.ones(64 * MB // 4)
+    return _pages() - before
+
+
+def test_freed_memory_is_kept_inside_the_context_alone():
+    with freed_memory_kept():
+        inside = _taken_again()
+    outside = _taken_again()
+    if sys.platform == "linux":  # 16,384 pages of 4 kB, or 32 of 2 MB
+        assert inside < outside / 2
+
+
+def test_kept_memory_still_counts_as_taken():
+    with freed_memory_kept():
+        torch.ones(96 * MB // 4)
+        with Peak() as peak:
+            torch.ones(96 * MB // 4)
+    assert peak.taken is None or 95 * MB <= peak.taken < 112 * MB

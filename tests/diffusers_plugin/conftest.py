@@ -169,7 +169,7 @@ def hunyuandit():
     from diffusers import HunyuanDiT2DModel as Model
 
     model = Model(
-        sample_size=8, num_layers=4, patch_size=2, attention_head_dim=8, num_attention_heads=2, cross_attention_dim=16,
+        sample_size=8, num_layers=6, patch_size=2, attention_head_dim=8, num_attention_heads=2, cross_attention_dim=16,
         cross_attention_dim_t5=16, pooled_projection_dim=4, hidden_size=16, text_len=4, text_len_t5=4, in_channels=4,
         activation_fn="gelu-approximate", use_style_cond_and_image_meta_size=False,
     )  # fmt: skip

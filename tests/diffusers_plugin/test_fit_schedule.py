@@ -51,6 +51,15 @@ def test_errors_count_by_how_far_they_are_above_the_full_models():
     assert fit_schedule(errors, 0.5, weights=[1, 1]).depths == (3, 1)
 
 
+def test_depths_cost_what_they_run():
+    """Of a U-ViT: depths 1 and 2 run two and four blocks, and the schedule is in depths."""
+    errors = torch.tensor([[4.0, 2.0, 1.0], [4.0, 1.1, 1.0]])
+    stops = {1: 2, 2: 4, 8: 8}
+    assert fit_schedule(errors, 0.75, stops=stops).depths == (8, 2)
+    assert fit_schedule(errors, 0.5, stops=stops).depths == (2, 2)
+    assert fit_schedule(errors, 0.25, stops=stops).depths == (1, 1)
+
+
 def test_steps_are_counted_by_bin():
     assert visits([0, 99, 100, 999, 1000], 10) == [2, 1, 0, 0, 0, 0, 0, 0, 0, 2]
     with pytest.raises(BadArgument, match="at least one noise level"):
@@ -64,7 +73,10 @@ def test_steps_are_counted_by_bin():
         (torch.full((2, 2), float("nan")), {"budget": 0.5}, "must be a finite tensor"),
         (torch.rand(2, 4), {"budget": 0.0}, "share of blocks"),
         (torch.rand(2, 4), {"budget": 1.5}, "share of blocks"),
-        (torch.rand(2, 4), {"budget": 0.2}, "fewer than one each; give at least 0.25"),
+        (torch.rand(2, 4), {"budget": 0.2}, "fewer than 1 each; give at least 0.25"),
+        (torch.rand(2, 2), {"budget": 0.2, "stops": {1: 2, 8: 8}}, "fewer than 2 each; give at least 0.25"),
+        (torch.rand(2, 4), {"budget": 0.5, "stops": {1: 2, 8: 8}}, "each of the 4 depths"),
+        (torch.rand(2, 2), {"budget": 0.5, "stops": {8: 8, 1: 2}}, "rising"),
         (torch.rand(2, 4), {"budget": 0.5, "steps": [1]}, "one number from 0 on for each of the 2 bins"),
         (torch.rand(2, 4), {"budget": 0.5, "steps": [0, 0]}, "one number from 0 on"),
         (torch.rand(2, 4), {"budget": 0.5, "weights": [1.0, -1.0]}, "one number from 0 on"),

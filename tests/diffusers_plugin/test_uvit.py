@@ -4,11 +4,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
+import offramp
 from offramp._plugins import adapt
 from offramp.errors import BadArgument
 from offramp_diffusers import demo, digits
+from offramp_diffusers.noising import noised, predict
 from offramp_diffusers.policies.time_schedule import TimeSchedule
-from offramp_diffusers.tune import errors, tune
+from offramp_diffusers.tune import errors, stops, tune
 from offramp_diffusers.uvit import UViT
 from offramp_diffusers.ways import Trial, Way
 
@@ -32,12 +34,45 @@ def test_it_answers_by_class_and_its_deep_blocks_read_shallow_states(model, give
     assert adapt(model).facts.long_skips and adapt(model).depth == 4
 
 
-def test_it_trains_and_is_measured_at_every_depth(model):
+def test_it_trains_and_is_measured_at_the_depths_that_keep_its_skips(model):
     data = {"sample": torch.zeros(16, 1, 8, 8), "class_labels": torch.arange(16) % 10}
+    assert stops(model) == {1: 2, 4: 4}
     before = errors(model, data, DDPMScheduler(), 2, rows=8, progress=False)
-    tune(model, data, DDPMScheduler(), TimeSchedule((4, 2)), steps=30, lr=3e-3, batch_size=8, progress=False)
+    tune(model, data, DDPMScheduler(), TimeSchedule((4, 1)), steps=30, lr=3e-3, batch_size=8, progress=False)
     after = errors(model, data, DDPMScheduler(), 2, rows=8, progress=False)
-    assert after[0, 3] < before[0, 3] and after[1, 1] < before[1, 1]
+    assert before.shape == (2, 2) and after[0, 1] < before[0, 1] and after[1, 0] < before[1, 0]
+
+
+def test_errors_are_those_of_the_blocks_that_run(model):
+    """Depth 1 of 4 is blocks 1 and 4; measured beside the truncated depth 2."""
+    data, scheduler = {"sample": torch.randn(4, 1, 8, 8), "class_labels": torch.arange(4)}, DDPMScheduler()
+    found = errors(model, data, scheduler, 1, depths=(1, 2), rows=16, progress=False)
+    generator = torch.Generator().manual_seed(0)
+    picked = torch.randint(4, (16,), generator=generator)
+    given, wanted, _ = noised(data, picked, scheduler, (0.0, 1000.0), generator, model)
+    for column, depth in enumerate((1, 2)):
+        with torch.no_grad(), offramp.enable(model, TimeSchedule((depth,))) as run:
+            said = predict(model, given, wanted)
+        assert float(found[0, column]) == pytest.approx(float((said - wanted).square().mean()), rel=1e-5)
+        assert run.stats.blocks_run == 16 * 2
+
+
+def test_rows_that_a_gate_sends_across_are_those_rows_alone(model, given):
+    """Rows leave after block 1, or after block 2 for good, or not at all; exits behind the middle ask the rest alone."""
+    torch.manual_seed(0)
+    model = UViT(6, 16).eval()
+    exits = offramp.attach(model, at=[1, 2, 3, 5], head="uncertainty")
+    for head in exits.modules.values():
+        torch.nn.init.normal_(head.estimate.weight)
+    given = {**given, "class_labels": torch.tensor([1, 2, 3])}
+    with torch.no_grad(), offramp.enable(model, "uncertainty", threshold=0.5) as run:
+        together = model(**given, return_dict=False)[0]
+        depths = run.stats.last_depths.tolist()
+        counted = run.stats.blocks_run
+        alone = [model(**{k: v[i : i + 1] for k, v in given.items()}, return_dict=False)[0] for i in range(3)]
+    assert len(set(depths)) > 1 and min(depths) < 3
+    assert counted == sum({1: 2, 2: 4, 3: 3, 5: 5, 6: 6}[d] for d in depths)
+    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
 
 
 def test_blocks_behind_the_exit_do_not_run(model):

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from offramp.blocks import BlockHook
+from offramp.errors import BadArgument
 
 #: where `ModelMixin` is made; `diffusers` itself is a lazy module that does not hold it yet when it is imported
 MODELS = "diffusers.models.modeling_utils"
@@ -157,3 +158,29 @@ def _in_context(model: nn.Module, hooks: Sequence[str]) -> Iterator[None]:
         for name in hooks:
             registry.remove_hook(name, recurse=True)
         registry.invalidate_child_registries_cache()
+
+
+def check_hooks(hooks: Sequence[BlockHook], block: nn.Module, head: str | None) -> None:
+    """Raise where another library took our hooks off the blocks, so that the full model would run and nobody would
+    know, and where heads would not get the states of a cache that is on top: it reuses what came of another depth.
+
+    block: the first one; head: the name of heads that change states, None where there are none.
+    """
+    if head is not None and (cache := cached(block)) is not None:
+        raise BadArgument(
+            f"{cache} is on top of exits with heads {head!r}: what it adds at a step that it skips was kept at "
+            f"another, maybe of another depth, and these heads are trained for one depth each. Take one of the two "
+            f"off; caches work with exits without maps of their own (head='passthrough', or none)"
+        )
+    for hook in (*hooks[:1], *hooks[-1:]):
+        now = hook.module.__dict__.get(hook.place)
+        if now is None or (now != hook.forward and not covered(now, hook.forward)):
+            raise BadArgument(
+                "another library took offramp's hooks off the blocks of this model after offramp.enable; enable "
+                "once more: run.disable(); offramp.enable(...)"
+            )
+        if hook.place != "forward" and (cache := cached(hook.module)) is not None:
+            raise BadArgument(
+                f"{cache} is inside blocks that were compiled in place, and exits around it keep it from seeing "
+                f"its last block; leave one out, or compile with blocks[i] = torch.compile(block) instead"
+            )

@@ -24,7 +24,7 @@ from offramp_diffusers import digits
 from offramp_diffusers.fit_schedule import fit_schedule
 from offramp_diffusers.policies.time_schedule import TimeSchedule, two_stage
 from offramp_diffusers.policies.uncertainty import Uncertainty
-from offramp_diffusers.tune import errors, tune
+from offramp_diffusers.tune import errors, stops, tune
 from offramp_diffusers.tune_heads import tune_uncertainty
 from offramp_diffusers.ways import SAME, Trial, Way
 
@@ -115,8 +115,8 @@ def train(plan: Plan, console: Console, name: str = "dit", seed: int = 0, alone:
             trainer.tune(model, TimeSchedule((depth,)), plan.base, 0, lr=2e-3)
         every = trainer.tuned(model, None, plan.measured, 1, "every depth a little, so that they can be compared")
         with step(console, "measure every depth at every noise level, and solve for the schedule"):
-            table = errors(every, trainer.data, trainer.scheduler, progress=trainer.show)
-        fitted = fit_schedule(table, BUDGET, monotone=True)
+            table = trainer.errors(every)
+        fitted = fit_schedule(table, BUDGET, stops=stops(model), monotone=True)
         early = trainer.tuned(model, fitted, plan.more, 2, f"the fitted schedule {list(fitted.depths)}")
         ways = [Way("full", model), Way("early", early, fitted)]
         ways += [] if alone else _others(trainer, every, table, ways, CACHES[name])
@@ -127,14 +127,15 @@ def train(plan: Plan, console: Console, name: str = "dit", seed: int = 0, alone:
 def _others(trainer: _Trainer, every: Any, table: Tensor, ways: list[Way], cache: str) -> list[Way]:
     """Return what the full model and the fitted schedule, `ways`, are compared with."""
     full, early = ways
-    model, depth, plan = full.model, table.shape[1], trainer.plan
-    fixed = two_stage(round(DUO * depth), depth)
+    model, plan, places = full.model, trainer.plan, stops(full.model)
+    depth = max(places)
+    fixed = two_stage(min(places, key=lambda d: abs(places[d] - DUO * depth)), depth)
     deep = fixed.cuts[0] / FULL
-    bold = fit_schedule(table, deep + (1 - deep) * fixed.depths[1] / depth, monotone=True)
+    bold = fit_schedule(table, deep + (1 - deep) * places[fixed.depths[1]] / depth, stops=places, monotone=True)
     other = trainer.tuned(model, fixed, plan.more, 2, f"the published two-stage schedule {list(fixed.depths)}")
     bolder = trainer.tuned(model, bold, plan.more, 2, f"the fitted schedule of as many blocks {list(bold.depths)}")
     gated = trainer.tuned(every, None, plan.more - plan.measured, 3, "every depth, for the gate")
-    offramp.attach(gated, at=list(range(1, depth)), head="uncertainty")
+    offramp.attach(gated, at=[d for d in places if d < depth], head="uncertainty")
     with step(trainer.console, "train the gate: estimates of every exit's error"):
         common: dict[str, Any] = {"steps": plan.heads, "lr": 1e-2, "progress": trainer.show}
         tune_uncertainty(gated, trainer.data, trainer.scheduler, **common)
@@ -164,6 +165,14 @@ class _Trainer:
         """Train the model itself."""
         common: dict[str, Any] = {"batch_size": 48, "ema": 0.99, "progress": self.show, "teacher": teacher}
         tune(model, self.data, self.scheduler, schedule, steps=steps, lr=lr, seed=10 * self.seed + seed, **common)
+
+    def errors(self, every: nn.Module) -> Tensor:
+        """Return the errors [bins, depths] of a copy that learned every depth, and of the full model at full depth:
+        there the copy, which is good at none, is up to 14 times as wrong, and the full model would seem dispensable."""
+        table = errors(every, self.data, self.scheduler, progress=self.show)
+        last = [adapt(self.full).depth]
+        table[:, -1:] = errors(self.full, self.data, self.scheduler, depths=last, progress=self.show)
+        return table
 
     def tuned(self, model: nn.Module, schedule: TimeSchedule | None, steps: int, seed: int, what: str) -> nn.Module:
         """Return a copy that learned the full model's answers for so many steps."""
@@ -239,11 +248,12 @@ def body_of(study: Study, plan: Plan, seed: int, seconds: float) -> dict[str, An
     command = "offramp demo diffusion" + f" --model {study.model}" * (study.model != "dit")
     command += f" --seed {seed}" * (seed != 0)
     plans = {way.name: way.policy for way in study.ways if isinstance(way.policy, TimeSchedule)}
+    places = stops(study.ways[0].model)
     return {
         "format": 2,
         "title": "offramp demo diffusion",
         **origin(command + " --quick" * (plan == QUICK), "diffusers"),
-        "model": f"{study.model}, {study.errors.shape[1]} blocks, trained here on scikit-learn's digits",
+        "model": f"{study.model}, {max(places)} blocks, trained here on scikit-learn's digits",
         "seconds": seconds,
         "steps": {"full": plan.base, "others": plan.more},
         "samples": plan.rows,
@@ -251,6 +261,7 @@ def body_of(study: Study, plan: Plan, seed: int, seconds: float) -> dict[str, An
         "judge_accuracy": study.judged,
         "settings": {way.name: way.setting for way in study.ways if way.cache is not None},
         "thresholds": {w.name: w.policy.threshold for w in study.ways if isinstance(w.policy, Uncertainty)},
+        "stops": {"depths": list(places), "blocks": list(places.values())},
         "schedules": {name: list(found.depths) for name, found in plans.items()},
         "cuts": {name: list(found.cuts) for name, found in plans.items()},
         "spread": {"frechet": again, "relative": statistics.stdev(again) / statistics.mean(again)},

@@ -19,13 +19,14 @@ from offramp.errors import BadArgument
 from offramp.kernels.compact import compact
 from offramp.policy import Evidence, SchedulePolicy, State
 from offramp_diffusers import _compat
-from offramp_diffusers.facts import cut
+from offramp_diffusers.facts import cut, without
 from offramp_diffusers.head import through
 
 if TYPE_CHECKING:
     from offramp.backbone import Undo
     from offramp.enable import Run
     from offramp_diffusers.backbones.transformer import TransformerBackbone
+    from offramp_diffusers.facts import Stream
 
 
 class Denoise:
@@ -55,17 +56,20 @@ class Denoise:
         """Drop everything that belongs to one call."""
         self.active = False
         self.batch = self.ran = 0
-        #: depth of the whole batch, where it is one and known; where blocks run again after it (a U-Net's way up); and
+        #: depth of the whole batch, where it is one and known; where blocks run again after it (the way up of a U); and
         #: height and width of the image; depth of every row, where they differ or are found
         self.stop: int | None = None
         self.resume = self.depth
         self.size: tuple[int, int] | None = None
         #: noise levels [rows or 1] of a call, on the host; from `start` on [rows], where the batch is
         self.levels = self.depths = torch.empty(0)
-        #: rows that go on, None for all of them; rows that leave before a block, by its index
+        #: rows that blocks run on, and that the policy is asked about, None for all; rows that leave before a block, and
+        #: that come back there, with the depth they left at, by its index
         self.rows: Tensor | None = None
+        self.asked: Tensor | None = None
         self.leaving: dict[int, Tensor] = {}
-        #: what the output layers are to read of rows that left
+        self.returning: dict[int, tuple[int, Tensor]] = {}
+        #: what the output layers, or the blocks on the way up, are to read of rows that left
         self.kept: Tensor | None = None
         self.state: State = {}
         self.previous: Tensor | None = None
@@ -98,12 +102,12 @@ class Denoise:
             module.__dict__["forward"] = forward
 
     def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Forget an earlier call, also one that raised, and find out how deep this one goes."""
+        """Find out how deep this call goes."""
         self.chain.reset()
         self.forget()
         if self.run.paused:
             return
-        self._check_hooks()
+        _compat.check_hooks(self.mine, self.chain.blocks[0], self.run.exits.head if self.acting else None)
         self.active, self.size = True, self.backbone.size(module, args, kwargs)
         if self.schedule is not None:
             depths = [self.schedule.windows(at, self.depth)[0][1] for at in self.backbone.noise(args, kwargs)]
@@ -117,29 +121,6 @@ class Denoise:
     def halt(self, depth: int) -> None:
         """Let the whole batch stop at a depth."""
         self.stop, self.resume = depth, self.backbone.resume(depth)
-
-    def _check_hooks(self) -> None:
-        """Raise where another library took our hooks off the blocks, so that the full model would run and nobody would
-        know, and where heads would not get the states of a cache that is on top: it reuses what came of another depth.
-        """
-        if self.acting and (cache := _compat.cached(self.chain.blocks[0])) is not None:
-            raise BadArgument(
-                f"{cache} is on top of exits with heads {self.run.exits.head!r}: what it adds at a step that it skips "
-                f"was kept at another, maybe of another depth, and these heads are trained for one depth each. Take "
-                f"one of the two off; caches work with exits without maps of their own (head='passthrough', or none)"
-            )
-        for hook in self.mine[:1] + self.mine[-1:]:
-            now = hook.module.__dict__.get(hook.place)
-            if now is None or (now != hook.forward and not _compat.covered(now, hook.forward)):
-                raise BadArgument(
-                    "another library took offramp's hooks off the blocks of this model after offramp.enable; enable "
-                    "once more: run.disable(); offramp.enable(...)"
-                )
-            if hook.place != "forward" and (cache := _compat.cached(hook.module)) is not None:
-                raise BadArgument(
-                    f"{cache} is inside blocks that were compiled in place, and exits around it keep it from seeing "
-                    f"its last block; leave one out, or compile with blocks[i] = torch.compile(block) instead"
-                )
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """Count the rows of a call that went through; one that raised has no output."""
@@ -167,12 +148,14 @@ class Denoise:
             self.leave(self.leaving.pop(index), stream.read(call), index)
         if self.stop is not None:
             return self.halted(index, call)
+        if index in self.returning:
+            call = self.come_back(*self.returning.pop(index), call, stream)
         rows = self.rows
         if rows is not None and not rows.numel():
             return stream.skip(call)
         output = call.run() if rows is None else stream.run_rows(call, rows)
         self.ran += self.batch if rows is None else rows.numel()
-        if index + 1 in self.index:
+        if index + 1 in self.index and (self.asked is None or self.asked.numel()):
             self.exit(index + 1, stream.facts.state_of(output))
         return output
 
@@ -184,8 +167,10 @@ class Denoise:
             if self.kept is None or index < self.resume:
                 return call.run()
             kept, self.kept = self.kept, None
-            size = self.backbone.size(self.chain.blocks[index], call.args, call.kwargs)
-            return stream.run(call, through(self.run.exits[int(self.stop or 0)], kept, size))
+            if self.stop in self.acting:
+                size = self.backbone.size(self.chain.blocks[index], call.args, call.kwargs)
+                kept = through(self.run.exits[int(self.stop or 0)], kept, size)
+            return stream.on(call, kept).run()
         if self.kept is None:
             self.kept = stream.read(call)
         return stream.skip(call)
@@ -224,14 +209,24 @@ class Denoise:
             )
         self.kept = torch.zeros_like(hidden) if self.kept is None or self.kept.shape != hidden.shape else self.kept
         self.kept = self.kept.index_copy(0, rows, hidden.index_select(0, rows))
-        on, count = torch.ones(self.batch, dtype=torch.bool, device=hidden.device), self.batch
-        if self.rows is not None:
-            on, count = torch.zeros_like(on).index_fill(0, self.rows, True), self.rows.numel()
-        self.rows = compact(on.index_fill(0, rows, False), count=count - rows.numel())[0]
+        if (again := self.backbone.resume(depth)) < self.depth:
+            self.returning[again] = depth, rows
+        same = self.asked is self.rows
+        self.rows = without(self.rows, rows, self.batch)
+        self.asked = self.rows if same else without(self.asked, rows, self.batch)
+
+    def come_back(self, depth: int, rows: Tensor, call: Call, stream: Stream) -> Call:
+        """Let rows that left at a depth on the way down run again from here, on the state that they left with."""
+        state = self.kept.index_select(0, rows)  # type: ignore[union-attr]  # they left
+        if depth in self.acting:
+            state = through(self.run.exits[depth], state, self.size)
+        on = rows if self.rows is None else torch.cat([self.rows, rows]).sort().values
+        self.rows = None if on.numel() == self.batch else on
+        return stream.on(call, stream.read(call).index_copy(0, rows, state))
 
     def exit(self, depth: int, hidden: Tensor) -> None:
         """Ask the policy at one exit; rows that stop leave before the next block."""
-        run, rows = self.run, self.rows
+        run, rows = self.run, self.asked
         states = hidden if rows is None else hidden.index_select(0, rows)
         pooled = self.backbone.pool(states)
         needs = run.policy.statistics() - {"uncertainty"}
@@ -262,10 +257,13 @@ class Denoise:
         """Let the output layers read the states that rows left with."""
         if self.kept is None or not args or self.kept.shape != args[0].shape:  # a model that cut its text off since
             return None
-        given: Tensor = args[0]
-        state = self.kept.to(given.dtype)
+        if self.resume < self.depth:  # a cache on top added what blocks on the way up would
+            return None
+        given, state = args[0], self.kept.to(args[0].dtype)
         for depth, mine in self.groups(state.device).items():
-            if depth in self.acting:
+            if self.backbone.resume(depth) < self.depth and mine is not None:  # came back
+                state = state.index_copy(0, mine, given.index_select(0, mine))
+            elif depth in self.acting:
                 head, part = self.run.exits[depth], state if mine is None else state.index_select(0, mine)
                 part = through(head, part, self.size)
                 state = part if mine is None else state.index_copy(0, mine, part)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from offramp.blocks import Call
 from offramp.errors import BadArgument, UnsupportedModel
+from offramp.kernels.compact import compact
 from offramp.policy import FULL
 from offramp_diffusers._compat import block_metadata
 
@@ -233,11 +234,11 @@ class Stream:
             return call.args[self.text_place]  # type: ignore[no-any-return]
         return call.kwargs.get(self.facts.text_argument)
 
-    def run(self, call: Call, state: Tensor) -> Any:
-        """Run the block on another state."""
+    def on(self, call: Call, state: Tensor) -> Call:
+        """Return the same call on another state."""
         if len(call.args) > self.place:
-            return call.original(*call.args[: self.place], state, *call.args[self.place + 1 :], **call.kwargs)
-        return call.original(*call.args, **{**call.kwargs, self.facts.argument: state})
+            return replace(call, args=(*call.args[: self.place], state, *call.args[self.place + 1 :]))
+        return replace(call, kwargs={**call.kwargs, self.facts.argument: state})
 
     def run_rows(self, call: Call, rows: Tensor) -> Any:
         """Run the block on `rows` (indices) of every batched argument; the others come back as they were."""
@@ -265,3 +266,11 @@ def cut(value: Any, rows: Tensor, size: int) -> Any:
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
         return type(value)(cut(v, rows, size) for v in value)
     return value
+
+
+def without(rows: Tensor | None, gone: Tensor, batch: int) -> Tensor:
+    """Return `rows` of a batch, None for all, less those that are gone; both are indices, in order."""
+    on, count = torch.ones(batch, dtype=torch.bool, device=gone.device), batch
+    if rows is not None:
+        on, count = torch.zeros_like(on).index_fill(0, rows, True), rows.numel()
+    return compact(on.index_fill(0, gone, False), count=count - gone.numel())[0]

@@ -118,19 +118,19 @@ def _settings(body: Mapping[str, Any]) -> str:
 
 
 def _schedules(body: Mapping[str, Any]) -> str:
-    depth = len(body["errors"][0])
+    depth, ran = body["stops"]["depths"][-1], dict(zip(*body["stops"].values(), strict=True))
     names = [n for n in body["schedules"] if n != "early, untuned" and "+" not in n]
     parts, top = [], 20
     for name in names:
         parts.append(f'<text x="0" y="{top + 42}">{escape(name)}</text>')
         cuts = [0.0, *body["cuts"][name], FULL]
         for low, high, given in zip(cuts[:-1], cuts[1:], body["schedules"][name], strict=True):
-            stop = blocks(given, depth)
+            count = ran[blocks(given, depth)]
             x, wide = LEFT + low / FULL * (WIDTH - LEFT), (high - low) / FULL * (WIDTH - LEFT)
-            tall = 70 * stop / depth
+            tall = 70 * count / depth
             parts.append(
                 f'<rect x="{x + 1:.1f}" y="{top + 70 - tall:.1f}" width="{wide - 2:.1f}" height="{tall:.1f}" '
-                f'fill="#3b76c4"/><text x="{x + wide / 2:.1f}" y="{top + 84}" text-anchor="middle">{stop}</text>'
+                f'fill="#3b76c4"/><text x="{x + wide / 2:.1f}" y="{top + 84}" text-anchor="middle">{count}</text>'
             )
         top += 110
     parts.append(f'<text x="{LEFT}" y="{top}">clean (0)</text>')
@@ -142,8 +142,8 @@ def _schedules(body: Mapping[str, Any]) -> str:
 
 def _errors(body: Mapping[str, Any]) -> str:
     table: Sequence[Sequence[float]] = body["errors"]
-    depth, bins = len(table[0]), len(table)
-    titles = "".join(f'<th scope="col">{k}</th>' for k in range(1, depth + 1))
+    bins = len(table)
+    titles = "".join(f'<th scope="col">{count}</th>' for count in body["stops"]["blocks"])
     rows = "".join(
         f'<tr><th scope="row">{FULL * b // bins:g} to {FULL * (b + 1) // bins:g}</th>'
         + "".join(f"<td>{e:.4f}</td>" for e in row)
@@ -152,7 +152,7 @@ def _errors(body: Mapping[str, Any]) -> str:
     )
     return (
         "<p>Mean squared error of the predicted noise after each number of blocks, of a model that was trained a "
-        "little at every depth: what the schedule was solved from.</p>"
+        "little at every depth, and in the last column of the full model: what the schedule was solved from.</p>"
         f'<div class="scroll"><table><thead><tr><th scope="col">noise level</th>{titles}'
         f"</tr></thead><tbody>{rows}</tbody></table></div>"
     )

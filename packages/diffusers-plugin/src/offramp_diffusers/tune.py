@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from offramp._plugins import adapt, part
 from offramp._registry import create
 from offramp.attach import RECORD
-from offramp.enable import RUN, paused
+from offramp.enable import RUN, enable, paused
 from offramp.errors import BadArgument, NotAttached, UnsupportedModel
 from offramp.loss import Loss
 from offramp.policy import FULL
@@ -67,7 +67,7 @@ def tune(
     """
     model = part(model)
     objective = objective_of(loss, options, "at", "level", "ase")
-    depth = _check(model, data, scheduler, schedule)
+    _check(model, data, scheduler, schedule)
     teacher = _check_teacher(model, teacher)
     how = How(steps, lr, batch_size, ema, seed, progress, folder, every, resume)
     _check_lora(model, lora)
@@ -81,7 +81,8 @@ def tune(
                 wanted = predict(teacher, given, wanted)
         return objective.at(predict(model, given, wanted), wanted, levels)  # type: ignore[no-any-return]
 
-    task = Task(model, data, scheduler, lambda _, generator: _draw(schedule, depth, generator), value, train=True)
+    depths = list(stops(model))
+    task = Task(model, data, scheduler, lambda _, generator: _draw(schedule, depths, generator), value, train=True)
     with training(model), _whole(teacher, accelerator):
         _add_lora(model, lora)
         weights = [p for p in model.parameters() if p.requires_grad]
@@ -136,15 +137,15 @@ def errors(
 ) -> Tensor:
     """Return how wrong each depth is in each bin of noise levels: mean squared error [bins, depths], float64.
 
-    depths: None for every one from 1 to the full model's. Each input runs through the blocks once, and the output
-    layers read the state after every depth: the same noise for all, so that differences between depths are not chance.
-    Raises as `tune`, and `BadArgument` for U-Nets.
+    depths: None for all that `stops` returns. Each input runs through the blocks once, and the output layers read the
+    state after every depth, in a U-ViT after the way up: the same noise for all, so that differences between depths are
+    not chance. Raises as `tune`, and `BadArgument` for U-Nets.
     """
     model = part(model)
     total = _check(model, data, scheduler, None)
-    wanted_depths = list(range(1, total + 1)) if depths is None else list(depths)
+    backbone: Any = adapt(model)
+    wanted_depths = list(backbone.stops()) if depths is None else list(depths)
     TimeSchedule(tuple(wanted_depths)).windows(0.0, total)  # refuses depths that the model does not have
-    backbone = adapt(model)
     if isinstance(backbone, UNetBackbone):
         raise BadArgument(
             f"states of {type(model).__name__} change their size from block to block, so its output layers cannot read "
@@ -161,17 +162,27 @@ def errors(
             with chain.capture(wanted_depths) as kept:
                 predict(model, given, wanted)
             for j, depth in enumerate(wanted_depths):
-                with chain.window(total, total, kept[depth]):  # no block runs, the output layers read the state
+                up = backbone.resume(depth) < total
+                # on the way down of a U the rest runs again; else no block does, and the output layers read the state
+                with enable(model, TimeSchedule((depth,))) if up else chain.window(total, total, kept[depth]):
                     said = predict(model, given, wanted)
                 found[b, j] = (said.double() - wanted.double()).square().mean()
     return found
 
 
-def _draw(schedule: TimeSchedule | None, depth: int, generator: torch.Generator) -> tuple[Any, tuple[float, float]]:
+def stops(model: Any) -> dict[int, int]:
+    """Return the depths that a schedule of this denoiser can choose from, and how many blocks run at each; in a U-ViT
+    the first k and the last k at depth k. Raises `UnsupportedModel`.
+    """
+    backbone: Any = adapt(part(model))
+    return backbone.stops()  # type: ignore[no-any-return]
+
+
+def _draw(schedule: TimeSchedule | None, depths: Sequence[int], generator: torch.Generator) -> tuple[Any, Any]:
     """Return (the policy of one step, the noise levels it draws from): all of them, so that no step pulls at one bin.
     """
     if schedule is None:
-        schedule = TimeSchedule((int(torch.randint(1, depth + 1, (), generator=generator)),))
+        schedule = TimeSchedule((depths[int(torch.randint(len(depths), (), generator=generator))],))
     return schedule, (0.0, FULL)
 
 
