@@ -58,7 +58,7 @@ def test_errors_are_those_of_the_blocks_that_run(model):
 
 
 def test_rows_that_a_gate_sends_across_are_those_rows_alone(model, given):
-    """Rows leave after block 1, or after block 2 for good, or not at all; exits behind the middle ask the rest alone."""
+    """Rows leave on the way down, or behind the middle for good, or not at all; those that came back are not asked."""
     torch.manual_seed(0)
     model = UViT(6, 16).eval()
     exits = offramp.attach(model, at=[1, 2, 3, 5], head="uncertainty")

@@ -129,9 +129,10 @@ def _others(trainer: _Trainer, every: Any, table: Tensor, ways: list[Way], cache
     full, early = ways
     model, plan, places = full.model, trainer.plan, stops(full.model)
     depth = max(places)
-    fixed = two_stage(min(places, key=lambda d: abs(places[d] - DUO * depth)), depth)
+    shallow = min(places, key=lambda d: abs(places[d] - DUO * depth))
+    fixed = two_stage(shallow, depth)
     deep = fixed.cuts[0] / FULL
-    bold = fit_schedule(table, deep + (1 - deep) * places[fixed.depths[1]] / depth, stops=places, monotone=True)
+    bold = fit_schedule(table, deep + (1 - deep) * places[shallow] / depth, stops=places, monotone=True)
     other = trainer.tuned(model, fixed, plan.more, 2, f"the published two-stage schedule {list(fixed.depths)}")
     bolder = trainer.tuned(model, bold, plan.more, 2, f"the fitted schedule of as many blocks {list(bold.depths)}")
     gated = trainer.tuned(every, None, plan.more - plan.measured, 3, "every depth, for the gate")

@@ -63,8 +63,8 @@ class Denoise:
         self.size: tuple[int, int] | None = None
         #: noise levels [rows or 1] of a call, on the host; from `start` on [rows], where the batch is
         self.levels = self.depths = torch.empty(0)
-        #: rows that blocks run on, and that the policy is asked about, None for all; rows that leave before a block, and
-        #: that come back there, with the depth they left at, by its index
+        #: rows that blocks run on, and that the policy is asked about, None for all; rows that leave before a block,
+        #: and that come back there, with the depth they left at, by its index
         self.rows: Tensor | None = None
         self.asked: Tensor | None = None
         self.leaving: dict[int, Tensor] = {}
