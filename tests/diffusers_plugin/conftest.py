@@ -1,8 +1,14 @@
 """A small denoiser with random weights, one batch for it, and the marks that attach and enable could leave on it."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from torch import nn
+
+from offramp._plugins import adapt
+from offramp_diffusers.facts import model_facts
 
 
 def shake(model):
@@ -284,3 +290,43 @@ def family(request):
     torch.manual_seed(0)
     model, batch = FAMILIES[request.param]()
     return shake(model), batch
+
+
+class Pass(nn.Module):
+    """A block that was taken out: the state goes on as it came."""
+
+    def forward(self, hidden_states, **kwargs):
+        return hidden_states
+
+
+@pytest.fixture
+def running():
+    """Return the blocks that run at a depth: the first ones, and in a U as many last ones, which read their states."""
+
+    def blocks(model, depth):
+        total = adapt(model).depth
+        shaped = model_facts(model).long_skips and 2 * depth < total
+        return [*range(depth), *(range(total - depth, total) if shaped else ())]
+
+    return blocks
+
+
+@pytest.fixture
+def cut(running):
+    """Return the same model with shorter lists of blocks, a U without its middle, and maybe other output layers."""
+
+    def shorter(model, depth, layers=None):
+        short, on = copy.deepcopy(model), running(model, depth)
+        for name, layer in (layers or {}).items():
+            setattr(short, name, copy.deepcopy(layer))
+        if len(on) > depth:
+            for index in set(range(adapt(model).depth)) - set(on):
+                short.blocks[index] = Pass()
+            return short
+        for name in model_facts(model).lists:
+            blocks = getattr(short, name)
+            setattr(short, name, nn.ModuleList(list(blocks)[: max(0, depth)]))
+            depth -= len(blocks)
+        return short
+
+    return shorter

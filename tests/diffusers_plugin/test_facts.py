@@ -46,34 +46,6 @@ def ways(model, depth):
         exits.detach()
 
 
-class Pass(nn.Module):
-    """A block that was taken out: the state goes on as it came."""
-
-    def forward(self, hidden_states, **kwargs):
-        return hidden_states
-
-
-def running(model, depth):
-    """The blocks that run at a depth: the first ones, and in a U as many last ones, which read the same states."""
-    total = adapt(model).depth
-    shaped = model_facts(model).long_skips and 2 * depth < total
-    return [*range(depth), *(range(total - depth, total) if shaped else ())]
-
-
-def cut(model, depth):
-    """The same model with shorter lists of blocks; without its middle where deep blocks read states of shallow ones."""
-    short, on = copy.deepcopy(model), running(model, depth)
-    if len(on) > depth:
-        for index in set(range(adapt(model).depth)) - set(on):
-            short.blocks[index] = Pass()
-        return short
-    for name in model_facts(model).lists:
-        blocks = getattr(short, name)
-        setattr(short, name, nn.ModuleList(list(blocks)[: max(0, depth)]))
-        depth -= len(blocks)
-    return short
-
-
 def count_leaves(model):
     """Count the calls of modules without children, by the index of the block they are in."""
     ran, handles = Counter(), []
@@ -85,7 +57,7 @@ def count_leaves(model):
     return ran, lambda: [h.remove() for h in handles]
 
 
-def test_a_skipped_block_does_not_run_and_the_rest_is_the_truncated_model(family):
+def test_a_skipped_block_does_not_run_and_the_rest_is_the_truncated_model(family, cut, running):
     model, batch = family
     given, total = batch(2), adapt(model).depth
     for depth in range(1, total + 1):
@@ -107,7 +79,7 @@ def flops(model, batch):
     return counter.get_total_flops()
 
 
-def test_it_computes_as_much_as_the_truncated_model_and_not_more(family):
+def test_it_computes_as_much_as_the_truncated_model_and_not_more(family, cut, running):
     model, batch = family
     given, found = batch(2), []
     for depth in range(1, adapt(model).depth + 1):
@@ -135,7 +107,7 @@ def test_undo_is_exact_and_never_changes_nothing(family, marks):
 
 
 @pytest.mark.parametrize("family", TIMED, indirect=True)
-def test_rows_with_depths_of_their_own_are_those_rows_alone(family):
+def test_rows_with_depths_of_their_own_are_those_rows_alone(family, cut):
     model, batch = family
     kind = model_facts(model)
     given, depth = batch(3), adapt(model).depth

@@ -1,7 +1,6 @@
 """Whole pipelines, tiny and without text encoders: fused, separate and extra passes, every solver, and starts in the
 middle, each against the same pipeline with a model cut by hand."""
 
-import copy
 import importlib
 from collections import Counter
 
@@ -20,7 +19,6 @@ from diffusers import (
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
-from torch import nn
 
 import offramp
 from offramp.enable import RUN
@@ -148,22 +146,12 @@ def paint(pipe, given, steps=STEPS):
     return torch.as_tensor(made.images if hasattr(made, "images") else made.frames)
 
 
-def cut(model, depth):
-    """The same model with shorter lists of blocks."""
-    short = copy.deepcopy(model)
-    for name in model_facts(model).lists:
-        blocks = getattr(short, name)
-        setattr(short, name, nn.ModuleList(list(blocks)[: max(0, depth)]))
-        depth -= len(blocks)
-    return short
-
-
 @pytest.fixture(params=PIPES)
 def pipeline(request):
     return PIPES[request.param]()
 
 
-def test_a_pipeline_at_one_depth_is_the_pipeline_of_the_shorter_model(pipeline):
+def test_a_pipeline_at_one_depth_is_the_pipeline_of_the_shorter_model(pipeline, cut):
     pipe, given = pipeline
     full, own = paint(pipe, given), pipe.transformer
     pipe.transformer = cut(own, 3)

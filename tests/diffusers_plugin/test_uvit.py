@@ -75,6 +75,27 @@ def test_rows_that_a_gate_sends_across_are_those_rows_alone(model, given):
     assert torch.allclose(together, torch.cat(alone), atol=1e-5)
 
 
+def test_each_row_goes_across_through_its_own_head(given):
+    model = UViT(6, 16).eval()
+    exits = offramp.attach(model, at=[1, 2], head="bottleneck", r=4)
+    with torch.no_grad():
+        bare = _at_one_and_two(model, given)
+        for depth in exits.at:
+            exits[depth].up.weight.normal_()
+        together = _at_one_and_two(model, given)
+        alone = [_at_one_and_two(model, {k: v[i : i + 1] for k, v in given.items()}) for i in range(3)]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
+    assert torch.allclose(together[0], bare[0], atol=1e-5)  # all blocks
+    assert not torch.allclose(together[1], bare[1]) and not torch.allclose(together[2], bare[2])
+
+
+def _at_one_and_two(model, given):
+    """Rows at noise levels 9, 500 and 999: all 6 blocks, four, two."""
+    with offramp.enable(model, "time_schedule", depths=(6, 2, 1)):
+        told = {**given, "class_labels": torch.ones(len(given["timestep"]), dtype=torch.long)}
+        return model(**told, return_dict=False)[0]
+
+
 def test_blocks_behind_the_exit_do_not_run(model):
     images, labels = digits.load()
     judge, _ = digits.train_judge(images, labels, 1, False)
