@@ -206,6 +206,11 @@ def test_sampling_that_was_interrupted_leaves_the_next_one_clean(error, pipeline
     assert torch.equal(paint(pipe, given), full)
 
 
+def close(one, two):
+    """Equal but for rounding: weights from a file lie otherwise in memory, and kernels take them by their alignment."""
+    return torch.allclose(one, two, atol=1e-5)
+
+
 def test_the_flag_goes_with_the_pipeline_and_auto_reads_it(pipeline, tmp_path):
     pipe, given = pipeline
     pipe.transformer.register_to_config(early_exit={"policy": "time_schedule", "depths": [4, 2], "edges": [600.0]})
@@ -216,7 +221,7 @@ def test_the_flag_goes_with_the_pipeline_and_auto_reads_it(pipeline, tmp_path):
     plain = type(pipe).from_pretrained(tmp_path, **absent)
     assert RUN not in plain.transformer.__dict__
     with offramp.enable(plain):
-        assert torch.equal(paint(plain, given), early)
+        assert close(paint(plain, given), early)
     auto = importlib.import_module("offramp.auto")
     auto.off()
     auto.on()
@@ -224,7 +229,7 @@ def test_the_flag_goes_with_the_pipeline_and_auto_reads_it(pipeline, tmp_path):
         loaded = type(pipe).from_pretrained(tmp_path, **absent)
     finally:
         auto.off()
-    assert torch.equal(paint(loaded, given), early) and loaded.transformer.__dict__[RUN].stats.saved > 0.1
+    assert close(paint(loaded, given), early) and loaded.transformer.__dict__[RUN].stats.saved > 0.1
 
 
 SOLVERS = {
