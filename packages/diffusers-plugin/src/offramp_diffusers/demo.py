@@ -115,7 +115,7 @@ def train(plan: Plan, console: Console, name: str = "dit", seed: int = 0, alone:
             trainer.tune(model, TimeSchedule((depth,)), plan.base, 0, lr=2e-3)
         every = trainer.tuned(model, None, plan.measured, 1, "every depth a little, so that they can be compared")
         with step(console, "measure every depth at every noise level, and solve for the schedule"):
-            table = trainer.errors(every)
+            table = errors(every, trainer.data, trainer.scheduler, teacher=model, progress=trainer.show)
         fitted = fit_schedule(table, BUDGET, stops=stops(model), monotone=True)
         early = trainer.tuned(model, fitted, plan.more, 2, f"the fitted schedule {list(fitted.depths)}")
         ways = [Way("full", model), Way("early", early, fitted)]
@@ -166,14 +166,6 @@ class _Trainer:
         """Train the model itself."""
         common: dict[str, Any] = {"batch_size": 48, "ema": 0.99, "progress": self.show, "teacher": teacher}
         tune(model, self.data, self.scheduler, schedule, steps=steps, lr=lr, seed=10 * self.seed + seed, **common)
-
-    def errors(self, every: nn.Module) -> Tensor:
-        """Return the errors [bins, depths] of a copy that learned every depth, and of the full model at full depth:
-        there the copy, which is good at none, is up to 14 times as wrong, and the full model would seem dispensable."""
-        table = errors(every, self.data, self.scheduler, progress=self.show)
-        last = [adapt(self.full).depth]
-        table[:, -1:] = errors(self.full, self.data, self.scheduler, depths=last, progress=self.show)
-        return table
 
     def tuned(self, model: nn.Module, schedule: TimeSchedule | None, steps: int, seed: int, what: str) -> nn.Module:
         """Return a copy that learned the full model's answers for so many steps."""

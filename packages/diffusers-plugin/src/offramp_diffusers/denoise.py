@@ -221,7 +221,8 @@ class Denoise:
         if depth in self.acting:
             state = through(self.run.exits[depth], state, self.size)
         on = rows if self.rows is None else torch.cat([self.rows, rows]).sort().values
-        self.rows = None if on.numel() == self.batch else on
+        whole = on.numel() == self.batch
+        self.rows, self.kept = (None, None) if whole else (on, self.kept)
         return stream.on(call, stream.read(call).index_copy(0, rows, state))
 
     def exit(self, depth: int, hidden: Tensor) -> None:
@@ -261,9 +262,7 @@ class Denoise:
             return None
         given, state = args[0], self.kept.to(args[0].dtype)
         for depth, mine in self.groups(state.device).items():
-            if self.backbone.resume(depth) < self.depth and mine is not None:  # came back
-                state = state.index_copy(0, mine, given.index_select(0, mine))
-            elif depth in self.acting:
+            if depth in self.acting and self.backbone.resume(depth) == self.depth:
                 head, part = self.run.exits[depth], state if mine is None else state.index_select(0, mine)
                 part = through(head, part, self.size)
                 state = part if mine is None else state.index_copy(0, mine, part)
