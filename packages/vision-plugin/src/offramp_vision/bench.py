@@ -94,13 +94,26 @@ class Parts(Clocked):
         return result
 
 
-def weighed(way: Any, images: Tensor) -> int | None:
-    """Return the most memory that one call of a way takes, in bytes; None where the system does not say."""
-    with way.ready():
-        way(images[:FEW])  # what stays from a first call, scratch memory of kernels, is not of this one
-    with way.ready(), Peak() as peak:
-        way(images)
-    return peak.taken
+def made(name: str) -> nn.Module:
+    """Return a model of timm with random weights, the same each time."""
+    torch.manual_seed(0)
+    model: nn.Module = import_timm().create_model(name, num_classes=1000).eval()
+    return model
+
+
+@torch.no_grad()
+def weighed(model: nn.Module, batch: int, head: str) -> dict[str, int | None]:
+    """Return the most memory that one call on a batch of noise takes, in bytes above what was held before, with exits
+    and in full; None where the system does not say."""
+    images, found = noise(model, batch), []
+    with offramp.attach(model, AT, head) as exits:
+        for way in (Early(model, Evenly()), Parts(exits.backbone.chain().blocks, model, batch)):
+            with way.ready():
+                way(images[:FEW])  # what stays from a first call, scratch memory of kernels, is not of this one
+            with way.ready(), Peak() as peak:
+                way(images)
+            found.append(peak.taken)
+    return dict(zip(("peak_bytes", "peak_bytes_full"), found, strict=True))
 
 
 def bench(ask: Ask, console: Console) -> dict[str, Any]:
@@ -109,13 +122,13 @@ def bench(ask: Ask, console: Console) -> dict[str, Any]:
     known = set(timm.list_models())
     if odd := [name for name in ask.models if name not in known]:
         raise BadArgument(f"timm has no model called {', '.join(odd)}; see timm.list_models()")
+    # all of them on the scales before the first is clocked: what was kept for the clock is in pieces, and weighs more
+    asked = [(name, batch) for name in ask.models for batch in ask.batches]
+    peaks = [weighed(made(name), batch, ask.head) for name, batch in asked]
     rows = []
-    for name in ask.models:
-        torch.manual_seed(0)
-        model = timm.create_model(name, num_classes=1000).eval()
-        for batch in ask.batches:
-            rows.append({"name": name, "batch": batch, "head": ask.head, **measured(model, batch, ask)})
-            console.print(f"  [dim]{name}, batch {batch}: {rows[-1]['realised']:.3f}[/]")
+    for (name, batch), peak in zip(asked, peaks, strict=True):
+        rows.append({"name": name, "batch": batch, "head": ask.head, **measured(made(name), batch, ask), **peak})
+        console.print(f"  [dim]{name}, batch {batch}: {rows[-1]['realised']:.3f}[/]")
     command = "offramp bench vision " + " ".join(f"--model {m}" for m in ask.models)
     command += "".join(f" --batch {b}" for b in ask.batches) + f" --head {ask.head} --repeats {ask.repeats}"
     body = {"format": 1, "title": "Image classifiers", "shapes": rows, **origin(command, "timm")}
@@ -133,21 +146,20 @@ def measured(model: nn.Module, batch: int, ask: Ask) -> dict[str, Any]:
     batch takes less time per image where memory is the limit, and so the time of the full batch times the share of
     images would be another model's. The model's own readout is on all images, for each is read out once wherever it
     leaves; heads cost more than that where they let images pass. heads: time of all heads on the images that reach
-    them, in the measured time already; peak_bytes: the most memory above what was held before, with exits and in full.
+    them, in the measured time already.
     """
     images, repeats = noise(model, batch), ask.repeats * (FEW if batch == 1 else 1)
     with offramp.attach(model, AT, ask.head) as exits:
         early, depth = Early(model, Evenly()), exits.backbone.depth
         left = _left(torch.tensor([*exits.at, depth])[Evenly().start(batch, "cpu")["leaves"]], depth)
         parts = {rows: Parts(exits.backbone.chain().blocks, model, rows) for rows in {batch, *left} - {0}}
-        peaks = {"peak_bytes": weighed(early, images), "peak_bytes_full": weighed(parts[batch], images)}
         ways: dict[str, Any] = {"early": early, **{str(rows): way for rows, way in parts.items()}}
-        with freed_memory_kept():  # by the clock, not on the scales: pieces of it are more than what is asked for
+        with freed_memory_kept():
             timed = interleaved(ways, [images] * repeats, warm=1)
         kept = {rows: way.kept[-repeats:] for rows, way in parts.items()}
         ideal = [sum(kept[n][r][i] for i, n in enumerate([*left, batch]) if n) for r in range(repeats)]
         heads = _heads(exits, images, left, ask.repeats)
-    return {**_row(timed[str(batch)], timed["early"], ideal, heads, early.stats.saved, batch), **peaks}
+    return _row(timed[str(batch)], timed["early"], ideal, heads, early.stats.saved, batch)
 
 
 def _left(depths: Tensor, depth: int) -> list[int]:
