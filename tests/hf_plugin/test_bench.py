@@ -181,12 +181,14 @@ def test_realised_is_one_when_all_skipped_blocks_pay():
     assert clock.realised({**row, "saved": None}, 0.8) is None and clock.realised({**row, "saved": -0.1}, 0.8) is None
 
 
-def test_block_share_leaves_out_the_prefill_and_what_is_around_blocks():
+def test_block_share_leaves_out_the_prefill_and_what_is_around_blocks(monkeypatch):
     """Four steps of 10 ms in two blocks and 10 ms outside; the first step is the prefill: 30 of 80 ms."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
     class Slow(torch.nn.Module):
         def forward(self, x):
-            time.sleep(0.005)
+            now[0] += 0.005
             return x
 
     blocks = [Slow(), Slow()]
@@ -195,12 +197,12 @@ def test_block_share_leaves_out_the_prefill_and_what_is_around_blocks():
         def way(x):
             for _ in range(n):
                 blocks[1](blocks[0](x))
-                time.sleep(0.01)
+                now[0] += 0.01
 
         return way
 
     share = clock.block_share(steps(4), steps(1), blocks, [torch.ones(1)] * 3)
-    assert 0.25 < share < 0.45 and not any(b._forward_hooks for b in blocks)
+    assert share == pytest.approx(30 / 80) and not any(b._forward_hooks for b in blocks)
 
 
 # ---- the synthetic shape --------------------------------------------------------------------------------------------
