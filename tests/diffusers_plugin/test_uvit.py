@@ -57,16 +57,6 @@ def test_errors_are_those_of_the_blocks_that_run(model):
         assert run.stats.blocks_run == 16 * 2
 
 
-def test_the_full_depth_is_measured_on_the_teacher(model, shaken):
-    data, scheduler = {"sample": torch.randn(4, 1, 8, 8), "class_labels": torch.arange(4)}, DDPMScheduler()
-    other = shaken(UViT(4, 16))
-    mine, its = (errors(m, data, scheduler, 2, rows=8, progress=False) for m in (model, other))
-    both = errors(model, data, scheduler, 2, teacher=other, rows=8, progress=False)
-    assert torch.equal(both, torch.stack([mine[:, 0], its[:, 1]], 1)) and not torch.equal(mine[:, 1], its[:, 1])
-    with pytest.raises(BadArgument, match="teacher= is the model itself"):
-        errors(model, data, scheduler, 2, teacher=model, rows=8, progress=False)
-
-
 def test_rows_that_a_gate_sends_across_are_those_rows_alone(given):
     """Rows leave on the way down, or behind the middle for good, or not at all; those that came back are not asked."""
     torch.manual_seed(0)

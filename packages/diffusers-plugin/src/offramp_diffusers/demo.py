@@ -115,7 +115,7 @@ def train(plan: Plan, console: Console, name: str = "dit", seed: int = 0, alone:
             trainer.tune(model, TimeSchedule((depth,)), plan.base, 0, lr=2e-3)
         every = trainer.tuned(model, None, plan.measured, 1, "every depth a little, so that they can be compared")
         with step(console, "measure every depth at every noise level, and solve for the schedule"):
-            table = errors(every, trainer.data, trainer.scheduler, teacher=model, progress=trainer.show)
+            table = errors(every, trainer.data, trainer.scheduler, progress=trainer.show)
         fitted = fit_schedule(table, BUDGET, stops=stops(model), monotone=True)
         early = trainer.tuned(model, fitted, plan.more, 2, f"the fitted schedule {list(fitted.depths)}")
         ways = [Way("full", model), Way("early", early, fitted)]

@@ -152,7 +152,7 @@ def _errors(body: Mapping[str, Any]) -> str:
     )
     return (
         "<p>Mean squared error of the predicted noise after each number of blocks, of a model that was trained a "
-        "little at every depth, and in the last column of the full model: what the schedule was solved from.</p>"
+        "little at every depth: what the schedule was solved from.</p>"
         f'<div class="scroll"><table><thead><tr><th scope="col">noise level</th>{titles}'
         f"</tr></thead><tbody>{rows}</tbody></table></div>"
     )

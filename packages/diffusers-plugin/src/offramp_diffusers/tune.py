@@ -130,7 +130,6 @@ def errors(
     scheduler: Any,
     bins: int = 10,
     *,
-    teacher: Any = None,
     depths: Sequence[int] | None = None,
     rows: int = 256,
     seed: int = 0,
@@ -138,9 +137,7 @@ def errors(
 ) -> Tensor:
     """Return how wrong each depth is in each bin of noise levels: mean squared error [bins, depths], float64.
 
-    teacher: the model from before, as for `tune`, which is then measured with all its blocks in place of the copy, as
-    it is run there: good at no depth, a U-ViT's was up to 14 times as wrong, as if its last blocks did nothing; depths:
-    None for all that `stops` returns. Each input runs through the blocks once, and the output layers read the
+    depths: None for all that `stops` returns. Each input runs through the blocks once, and the output layers read the
     state after every depth, in a U-ViT after the way up: the same noise for all, so that differences between depths are
     not chance. Raises as `tune`, and `BadArgument` for U-Nets.
     """
@@ -170,9 +167,6 @@ def errors(
                 with enable(model, TimeSchedule((depth,))) if up else chain.window(total, total, kept[depth]):
                     said = predict(model, given, wanted)
                 found[b, j] = (said.double() - wanted.double()).square().mean()
-    if (other := _check_teacher(model, teacher)) is not None and total in wanted_depths:
-        same: dict[str, Any] = {"depths": [total], "rows": rows, "seed": seed, "progress": progress}
-        found[:, wanted_depths.index(total)] = errors(other, data, scheduler, bins, **same)[:, 0]
     return found
 
 
