@@ -54,8 +54,8 @@ def freed_memory_kept() -> Iterator[None]:
     """Let the process keep the memory that it frees inside the context, as allocators of servers do; glibc alone.
 
     glibc gives tensors above 32 MB back to the system at once, and every page of the next one is then taken anew and
-    filled with zeros: of a Swin-T on 64 images that was half of the time, 36 of 72 seconds, and it differed from call
-    to call by more than an early exit saves.
+    filled with zeros: a Swin-T took 1.8 times as long for 64 images, and that differed from call to call by more than
+    an early exit saves. Afterwards glibc's limits are those that it starts with, and adapt no more.
     """
     _glibc("mallopt", MAPS, 0)
     _glibc("mallopt", TRIM, -1)
