@@ -8,6 +8,7 @@ import offramp
 from offramp._plugins import adapt
 from offramp.errors import BadArgument
 from offramp_diffusers import demo, digits
+from offramp_diffusers.deep_cache import deep_cache
 from offramp_diffusers.noising import noised, predict
 from offramp_diffusers.policies.time_schedule import TimeSchedule
 from offramp_diffusers.tune import errors, stops, tune
@@ -95,6 +96,22 @@ def _at_one_and_two(model, given):
     with offramp.enable(model, "time_schedule", depths=(6, 2, 1)):
         told = {**given, "class_labels": torch.ones(len(given["timestep"]), dtype=torch.long)}
         return model(**told, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("depths", [(1,), (6, 2, 1), (6, 1, 1)])
+def test_a_cache_on_top_adds_what_the_way_up_would(given, shaken, depths):
+    """The same call twice: the second, which runs the first two blocks only, says the same."""
+    torch.manual_seed(0)
+    model = shaken(UViT(6, 16))
+    told = {**given, "class_labels": torch.ones(3, dtype=torch.long)}
+    with torch.no_grad(), offramp.enable(model, "time_schedule", depths=depths) as run:
+        bare = model(**told, return_dict=False)[0]
+        with deep_cache(model, 2, 2):
+            one = model(**told, return_dict=False)[0]
+            ran = run.stats.blocks_run
+            two = model(**told, return_dict=False)[0]
+    assert torch.equal(one, bare) and torch.allclose(two, bare, atol=1e-5)
+    assert run.stats.blocks_run - ran < ran / 2 and run.stats.rows == 9
 
 
 def test_blocks_behind_the_exit_do_not_run(model):

@@ -51,18 +51,12 @@ def calls(model):
     return seen, lambda: [h.remove() for h in hooks]
 
 
-def cut(model, depth):
-    short = copy.deepcopy(model)
-    short.transformer_blocks = short.transformer_blocks[:depth]
-    return short
-
-
 def test_the_backbone_keeps_its_contract(dit, batch):
     check_backbone(adapt(dit), batch)
 
 
 @torch.no_grad()
-def test_fixed_is_the_truncated_model_and_saves_blocks(dit, batch):
+def test_fixed_is_the_truncated_model_and_saves_blocks(dit, batch, cut):
     full, short = noise(dit, batch), noise(cut(dit, 2), batch)
     offramp.attach(dit, at=[2, 4], head="passthrough")
     with offramp.enable(dit, "fixed", depth=2) as run:
@@ -76,7 +70,7 @@ def test_fixed_is_the_truncated_model_and_saves_blocks(dit, batch):
 
 
 @torch.no_grad()
-def test_rows_leave_one_by_one_with_their_own_timestep_and_label(dit, batch):
+def test_rows_leave_one_by_one_with_their_own_timestep_and_label(dit, batch, cut):
     plan = (2, 9, 0, 1)
     alone = [noise(cut(dit, [*AT, 6][min(p, 3)]), batch)[i] for i, p in enumerate(plan)]
     offramp.attach(dit, AT, head="passthrough")
@@ -269,7 +263,7 @@ def sana():
 
 @pytest.mark.parametrize("build", [pixart, sana])
 @torch.no_grad()
-def test_relatives_by_structure(build):
+def test_relatives_by_structure(build, cut):
     model = build()
     for p in model.parameters():
         p.copy_(torch.randn_like(p) * 0.1)

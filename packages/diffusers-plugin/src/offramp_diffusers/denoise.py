@@ -258,7 +258,7 @@ class Denoise:
         """Let the output layers read the states that rows left with."""
         if self.kept is None or not args or self.kept.shape != args[0].shape:  # a model that cut its text off since
             return None
-        if self.resume < self.depth:  # a cache on top added what blocks on the way up would
+        if self.resume < self.depth:  # a cache on top added what blocks on the way up would, as for rows in `returning`
             return None
         given, state = args[0], self.kept.to(args[0].dtype)
         for depth, mine in self.groups(state.device).items():
@@ -266,8 +266,9 @@ class Denoise:
                 head, part = self.run.exits[depth], state if mine is None else state.index_select(0, mine)
                 part = through(head, part, self.size)
                 state = part if mine is None else state.index_copy(0, mine, part)
-        if self.rows is not None and self.rows.numel():
-            state = state.index_copy(0, self.rows, given.index_select(0, self.rows))
+        for rows in (self.rows, *(mine for _, mine in self.returning.values())):
+            if rows is not None and rows.numel():
+                state = state.index_copy(0, rows, given.index_select(0, rows))
         return (state, *args[1:]), kwargs
 
     def groups(self, device: torch.device) -> dict[int, Tensor | None]:
