@@ -206,9 +206,11 @@ def test_sampling_that_was_interrupted_leaves_the_next_one_clean(error, pipeline
     assert torch.equal(paint(pipe, given), full)
 
 
-def close(one, two):
-    """Equal but for rounding: weights from a file lie otherwise in memory, and kernels take them by their alignment."""
-    return torch.allclose(one, two, atol=1e-5)
+def settled(pipe):
+    """Put the weights where torch puts new tensors: from a file they lie elsewhere, and kernels go by alignment."""
+    for p in pipe.transformer.parameters():
+        p.data = p.data.clone()
+    return pipe
 
 
 def test_the_flag_goes_with_the_pipeline_and_auto_reads_it(pipeline, tmp_path):
@@ -218,18 +220,18 @@ def test_the_flag_goes_with_the_pipeline_and_auto_reads_it(pipeline, tmp_path):
         early = paint(pipe, given)
     pipe.save_pretrained(tmp_path)
     absent = {name: None for name, part in pipe.components.items() if part is None}
-    plain = type(pipe).from_pretrained(tmp_path, **absent)
+    plain = settled(type(pipe).from_pretrained(tmp_path, **absent))
     assert RUN not in plain.transformer.__dict__
     with offramp.enable(plain):
-        assert close(paint(plain, given), early)
+        assert torch.equal(paint(plain, given), early)
     auto = importlib.import_module("offramp.auto")
     auto.off()
     auto.on()
     try:
-        loaded = type(pipe).from_pretrained(tmp_path, **absent)
+        loaded = settled(type(pipe).from_pretrained(tmp_path, **absent))
     finally:
         auto.off()
-    assert close(paint(loaded, given), early) and loaded.transformer.__dict__[RUN].stats.saved > 0.1
+    assert torch.equal(paint(loaded, given), early) and loaded.transformer.__dict__[RUN].stats.saved > 0.1
 
 
 SOLVERS = {

@@ -102,7 +102,7 @@ class Denoise:
             module.__dict__["forward"] = forward
 
     def begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Find out how deep this call goes."""
+        """Forget an earlier call, also one that raised, and find out how deep this one goes."""
         self.chain.reset()
         self.forget()
         if self.run.paused:
