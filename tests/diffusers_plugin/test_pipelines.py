@@ -208,7 +208,7 @@ def test_sampling_that_was_interrupted_leaves_the_next_one_clean(error, pipeline
 
 def settled(pipe):
     """Put the weights where torch puts new tensors: from a file they lie elsewhere, and kernels go by alignment."""
-    for p in pipe.transformer.parameters():
+    for p in (*pipe.transformer.parameters(), *pipe.transformer.buffers()):
         p.data = p.data.clone()
     return pipe
 
