@@ -19,6 +19,7 @@ from torch import nn
 
 from offramp._version import __version__
 from offramp.enable import Stats, enable
+from offramp.memory import freed_memory_kept
 from offramp.policy import ExitPolicy
 
 
@@ -128,21 +129,22 @@ def interleaved(
     For each item all ways run one after the other, starting with another one each time, so that a machine that gets
     slower or faster does so for all of them. The first `warm` items run once before, unmeasured. A way may have
     `ready()`, a context entered outside the clock, and `stats`, which are reset after the warm-up. step: called after
-    each item. The garbage collector rests while the clock runs, as in `timeit`.
+    each item. The garbage collector rests while the clock runs, as in `timeit`, and freed memory is kept.
     """
     names = list(ways)
-    for item in items[:warm]:
-        for name in names:
-            _once(ways[name], item)
-    for way in ways.values():
-        if isinstance(stats := getattr(way, "stats", None), Stats):
-            stats.reset()
-    found: dict[str, list[Timed]] = {name: [] for name in names}
-    for n, item in enumerate(items):
-        for i in range(len(names)):
-            name = names[(i + n) % len(names)]
-            found[name].append(_once(ways[name], item))
-        step()
+    with freed_memory_kept():
+        for item in items[:warm]:
+            for name in names:
+                _once(ways[name], item)
+        for way in ways.values():
+            if isinstance(stats := getattr(way, "stats", None), Stats):
+                stats.reset()
+        found: dict[str, list[Timed]] = {name: [] for name in names}
+        for n, item in enumerate(items):
+            for i in range(len(names)):
+                name = names[(i + n) % len(names)]
+                found[name].append(_once(ways[name], item))
+            step()
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from offramp.clock import Timed, interleaved, origin
+from offramp.clock import Timed, interleaved, one_thread, origin
 from offramp.enable import enable
 from offramp.errors import BadArgument
 from offramp_diffusers.facts import model_facts
@@ -85,6 +85,7 @@ SHAPES: dict[str, Callable[[int, int, int], tuple[nn.Module, dict[str, Any]]]] =
 }
 
 
+@one_thread()
 def run(shapes: Sequence[str] = (), rounds: int = 25, width: int = 384, side: int = 32) -> dict[str, Any]:
     """Return the JSON of the bench: one row per shape. Raises `BadArgument` for a shape that is not known."""
     chosen = list(shapes) or list(SHAPES)
@@ -105,12 +106,13 @@ def realised(name: str, rounds: int, width: int, side: int) -> dict[str, float]:
     """
     model, given = SHAPES[name](width, side, DEPTH)
     model.eval()
-    early, other, short = copy.deepcopy(model), copy.deepcopy(model), cut(model, STOP)
+    copies = [model, *(copy.deepcopy(model) for _ in range(3))]
     halves = []
     # each on a copy of its own, enabled once: the first call after `enable` finds nothing in the processor's caches;
-    # and two copies of one model differ by up to 1.2 % with nothing enabled, by where they lie in memory, so that the
-    # one with a schedule that skips nothing and the one without change places
-    for full, never in ((model, other), (other, model)):
+    # and two copies of one model differ by up to 1.2 % with nothing enabled, by where they lie in memory, so those that
+    # are compared change places
+    for full, never, early, third in (copies, [copies[i] for i in (1, 0, 3, 2)]):
+        short = cut(third, STOP)
         parts = {"full": full, "early": early, "short": short, "never": never}
         ways: dict[str, Callable[[Any], Any]] = {way: partial(_call, part) for way, part in parts.items()}
         with enable(early, TimeSchedule((STOP,))), enable(never, TimeSchedule((1.0,))):
@@ -167,8 +169,8 @@ def _call(model: nn.Module, given: dict[str, Any]) -> Any:
 
 
 def cut(model: nn.Module, depth: int) -> nn.Module:
-    """Return a copy whose lists of blocks hold only the first `depth` blocks."""
-    short = copy.deepcopy(model)
+    """Return a copy on the same weights, whose lists of blocks hold only the first `depth` blocks."""
+    short = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     for name in model_facts(model).lists:
         blocks = list(getattr(short, name))
         setattr(short, name, nn.ModuleList(blocks[: max(0, depth)]))

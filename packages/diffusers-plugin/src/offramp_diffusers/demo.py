@@ -19,6 +19,7 @@ from offramp._plugins import adapt
 from offramp.cli import dump_json, step
 from offramp.clock import one_thread, origin
 from offramp.errors import BadArgument
+from offramp.memory import freed_memory_kept
 from offramp.policy import FULL
 from offramp_diffusers import digits
 from offramp_diffusers.fit_schedule import fit_schedule
@@ -81,6 +82,7 @@ class Study:
 
 
 @one_thread()
+@freed_memory_kept()
 def run(folder: Path, quick: bool, console: Console, model: str = "dit", seed: int = 0) -> dict[str, Any]:
     """Write report.json and report.html into `folder`, and return what the JSON holds; model: of `digits.MODELS`; seed:
     of the trainings."""

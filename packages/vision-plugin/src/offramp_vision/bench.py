@@ -18,7 +18,7 @@ import offramp
 from offramp.attach import Exits
 from offramp.clock import Clocked, Early, Timed, interleaved, origin, quartiles, sync
 from offramp.errors import BadArgument
-from offramp.memory import Peak, freed_memory_kept
+from offramp.memory import Peak
 from offramp.policy import Evidence, ExitPolicy, State
 from offramp_vision._compat import import_timm
 from offramp_vision.backbones._images import noise
@@ -154,8 +154,7 @@ def measured(model: nn.Module, batch: int, ask: Ask) -> dict[str, Any]:
         left = _left(torch.tensor([*exits.at, depth])[Evenly().start(batch, "cpu")["leaves"]], depth)
         parts = {rows: Parts(exits.backbone.chain().blocks, model, rows) for rows in {batch, *left} - {0}}
         ways: dict[str, Any] = {"early": early, **{str(rows): way for rows, way in parts.items()}}
-        with freed_memory_kept():
-            timed = interleaved(ways, [images] * repeats, warm=1)
+        timed = interleaved(ways, [images] * repeats, warm=1)
         kept = {rows: way.kept[-repeats:] for rows, way in parts.items()}
         ideal = [sum(kept[n][r][i] for i, n in enumerate([*left, batch]) if n) for r in range(repeats)]
         heads = _heads(exits, images, left, ask.repeats)

@@ -26,7 +26,7 @@ def bench_vision(
     head: Annotated[str, typer.Option(help="Name of the exit head.")] = "pooled_linear",
     repeats: Annotated[int, typer.Option(min=1, help="Measured runs of each; with --perceiver, seeds.")] = 3,
     perceiver: Annotated[bool, typer.Option("--perceiver", help="Train on digits, and compare latent exits.")] = False,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of training, with --perceiver.")] = 300,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of training, with --perceiver.")] = 600,
     out: Json = None,
 ) -> None:
     """Measure how much of the skipped blocks' time leaving early really saves."""
