@@ -1,4 +1,4 @@
-"""Every implementation of an op on every test of it: torch, and Triton on a GPU or through its interpreter."""
+"""Every implementation of an op on every test of it: torch, C++, and Triton on a GPU or through its interpreter."""
 
 import sys
 
@@ -14,7 +14,14 @@ GPU = torch.cuda.is_available()
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
-@pytest.fixture(params=["torch", "triton"])
+def pytest_generate_tests(metafunc):
+    if "implementation" in metafunc.fixturenames:
+        op = metafunc.module.__name__.rpartition("test_")[2]
+        made = ["cpp"] if op in _select._stems("offramp.kernels.cpp") else []
+        metafunc.parametrize("implementation", ["torch", "triton", *made], indirect=True)
+
+
+@pytest.fixture
 def implementation(request, monkeypatch):
     if request.param == "triton" and sys.platform != "linux":
         pytest.skip("triton is made for Linux")

@@ -49,6 +49,12 @@ def test_every_triton_file_is_an_op_with_that_function(op):
     assert callable(getattr(importlib.import_module(f"offramp.kernels.triton.{op}"), op))
 
 
+@pytest.mark.parametrize("op", _select._stems("offramp.kernels.cpp"))
+def test_every_cpp_file_is_an_op_with_that_function(op):
+    assert op in _select.ops()
+    assert callable(getattr(importlib.import_module(f"offramp.kernels.cpp.{op}"), op))
+
+
 @pytest.mark.parametrize("mode", ["auto", "torch", None])
 def test_the_cpu_takes_torch_and_says_nothing(monkeypatch, mode):
     monkeypatch.delenv("OFFRAMP_KERNELS", raising=False)
@@ -65,12 +71,14 @@ def test_the_cpu_takes_torch_and_says_nothing(monkeypatch, mode):
     [
         ("cuda", False, "there are no CUDA C[+][+] kernels"),
         ("triton", True, "triton is not installed; write: pip install"),
+        ("cpp", True, "there is no C[+][+] compiler 'no-such-compiler'; write e.g. apt-get install g[+][+]"),
     ],
 )
 def test_what_is_missing_is_said_once_and_torch_runs(monkeypatch, mode, absent, reason):
     monkeypatch.setenv("OFFRAMP_KERNELS", mode)
     if absent:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.warns(UserWarning, match=f"head_stats: {mode} is not used: {reason}.*; torch runs instead"):
         assert call().first.item() == 3
     with warnings.catch_warnings(record=True) as said:
@@ -121,6 +129,8 @@ def test_tensors_on_two_devices_are_named(op):
 def test_available():
     found = offramp.kernels.available("halting")
     assert found["torch"] is None and "no Triton kernel" in found["triton"] and "CUDA C++" in found["cuda"]
+    assert "no C++ kernel" in found["cpp"] and offramp.kernels.available("head_stats")["cpp"] is None
+    assert "run on the CPU, not on 'cuda'" in offramp.kernels.available("head_stats", "cuda")["cpp"]
     with pytest.raises(UnknownName, match="did you mean 'head_stats'"):
         offramp.kernels.available("headstats")
 

@@ -31,7 +31,9 @@ POLICIES = [{"policy": "confidence", "threshold": 0.06}, {"policy": "entropy", "
 
 @pytest.mark.parametrize("policy", POLICIES, ids=["confidence", "entropy"])
 @pytest.mark.parametrize("some", [None, range(10, 90)], ids=["all", "some"])
-def test_no_logits_and_the_same_drafts(model, three, calls, monkeypatch, policy, some):
+@pytest.mark.parametrize("kernels", ["torch", "cpp"])
+def test_no_logits_and_the_same_drafts(model, three, calls, monkeypatch, policy, some, kernels):
+    monkeypatch.setenv("OFFRAMP_KERNELS", kernels)
     wanted = text(model, three)
     offramp.attach(model, [2, 4])
     told = []

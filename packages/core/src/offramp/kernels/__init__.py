@@ -1,6 +1,6 @@
-"""Numeric kernels: one op per file, its signature and torch reference together; `triton/` holds kernels of that name.
+"""Numeric kernels: one op per file, its signature and torch reference together; kernels of it in `triton/` and `cpp/`.
 
-`OFFRAMP_KERNELS=auto|torch|triton|cuda` chooses at every call; auto is Triton for tensors of a GPU, else torch.
+`OFFRAMP_KERNELS=auto|torch|cpp|triton|cuda` chooses at every call; auto is Triton for tensors of a GPU, else torch.
 """
 
 from __future__ import annotations

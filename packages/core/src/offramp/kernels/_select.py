@@ -18,7 +18,8 @@ from offramp.errors import BadArgument, UnknownName, did_you_mean
 
 F = TypeVar("F", bound=Callable[..., Any])
 VARIABLE = "OFFRAMP_KERNELS"
-MODES = ("auto", "torch", "triton", "cuda")
+MODES = ("auto", "torch", "cpp", "triton", "cuda")
+IMPLEMENTATIONS = MODES[2:]
 #: what was said already: once per op, implementation and reason
 _said: set[tuple[str, str, str]] = set()
 
@@ -35,11 +36,11 @@ def available(op: str, device: str = "cpu") -> dict[str, str | None]:
     """
     if op not in ops():
         raise UnknownName(f"no kernel is called {op!r};{did_you_mean(op, ops())}")
-    return {"torch": None, **{name: missing(op, name, device) for name in ("triton", "cuda")}}
+    return {"torch": None, **{name: missing(op, name, device) for name in IMPLEMENTATIONS}}
 
 
 def mode() -> str:
-    """Return what OFFRAMP_KERNELS asks for; raises `UnknownName` for anything but auto, torch, triton and cuda."""
+    """Return what OFFRAMP_KERNELS asks for; raises `UnknownName` for anything but one of `MODES`."""
     found = os.environ.get(VARIABLE) or "auto"
     if found not in MODES:
         raise UnknownName(f"{VARIABLE}={found!r} is not known;{did_you_mean(found, MODES)}")
@@ -62,7 +63,7 @@ def select(op: str, reference: F, *tensors: Tensor) -> F:
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return reference
     implementation = "triton" if asked == "auto" else asked
-    why = missing(op, implementation, device.type)
+    why = missing(op, implementation, device.type) or (_not_built(op) if implementation == "cpp" else None)
     if why is None:
         found: F = getattr(importlib.import_module(f"offramp.kernels.{implementation}.{op}"), op)
         return found
@@ -77,6 +78,8 @@ def missing(op: str, implementation: str, device: str) -> str | None:
     if implementation == "cuda":
         # without a GPU to measure on nobody can say where CUDA C++ beats the Triton kernel, so there is none
         return "there are no CUDA C++ kernels; OFFRAMP_KERNELS=auto takes the Triton ones"
+    if implementation == "cpp":
+        return _missing_cpp(op, device)
     if op not in _stems("offramp.kernels.triton"):
         return "it has no Triton kernel: it is made of torch operations alone"
     if importlib.util.find_spec("triton") is None:
@@ -86,6 +89,25 @@ def missing(op: str, implementation: str, device: str) -> str | None:
     if device != "cuda" and not (device == "cpu" and knobs.runtime.interpret):
         return f"Triton does not compile for {device!r}; set TRITON_INTERPRET=1 to step through its kernels on the CPU"
     return None
+
+
+def _missing_cpp(op: str, device: str) -> str | None:
+    from offramp.kernels.cpp._build import compiler
+
+    if device != "cpu":
+        return f"C++ kernels run on the CPU, not on {device!r}; OFFRAMP_KERNELS=auto takes the Triton ones there"
+    if op not in _stems("offramp.kernels.cpp"):
+        return "it has no C++ kernel: none was 1.3 times as fast as torch"
+    path, name = compiler()
+    return None if path else f"there is no C++ compiler {name!r}; write e.g. apt-get install g++, or name one in CXX"
+
+
+def _not_built(op: str) -> str | None:
+    """Return why the C++ of `op` does not compile or load here; compiles it where that was not done yet."""
+    from offramp.kernels.cpp._build import library
+
+    found = library(op)
+    return found if isinstance(found, str) else None
 
 
 @functools.cache
