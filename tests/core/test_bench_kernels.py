@@ -31,6 +31,14 @@ def test_the_ways_of_head_stats_say_the_same():
         torch.testing.assert_close(found.entropy, entropy, rtol=exact, atol=exact)
         torch.testing.assert_close(found.first - found.logsumexp, log_top[:, 0], rtol=exact, atol=exact)
         torch.testing.assert_close(case.ways["logsumexp"]()[2], entropy, rtol=exact, atol=exact)
+        torch.testing.assert_close(case.ways["kernel, cpp"]().entropy, entropy, rtol=exact, atol=exact)
+
+
+def test_a_row_for_every_implementation(monkeypatch):
+    monkeypatch.delenv("OFFRAMP_KERNELS", raising=False)
+    done = call("kernels", "--quick", "--repeats", 1, "--op", "head_stats")
+    assert "head_stats 1 x 64" in done.output and "head_stats, cpp 1 x 64" in done.output
+    assert "OFFRAMP_KERNELS" not in bench_kernels.os.environ
 
 
 def test_the_ways_of_verify_say_the_same():

@@ -33,9 +33,12 @@ def bench_kernels(
         have = "cpu, cuda" if torch.cuda.is_available() else "cpu"
         raise BadArgument(f"--device {device} is not on this machine; choose one of: {have}")
 
+    def named(row: dict[str, Any]) -> str:
+        return str(row["op"]) + str(row["way"]).removeprefix("kernel")
+
     def show(row: dict[str, Any]) -> None:
         ways = ", ".join(f"{name} {ms:.3g}" for name, ms in row["ms"].items())
-        line = f"{row['op']} {row['shape']} {row['dtype']}: {row['speedup']:.2f} x {row['best_other']} (ms: {ways})"
+        line = f"{named(row)} {row['shape']} {row['dtype']}: {row['speedup']:.2f} x {row['best_other']} (ms: {ways})"
         console().print(escape(line), soft_wrap=True)
 
     with torch.no_grad():
@@ -43,8 +46,8 @@ def bench_kernels(
     table = Table("op", "shape", "type", "ms", "best other", "faster", "of copy bandwidth")
     for row in body["rows"]:
         other = f"{row['ms'][row['best_other']]:.3g} ({row['best_other']})"
-        times = f"{row['ms']['kernel']:.3g}", other, f"{row['speedup']:.2f} x"
-        table.add_row(row["op"], row["shape"], row["dtype"], *times, f"{row['of_copy_bandwidth']:.0%}")
+        times = f"{row['ms'][row['way']]:.3g}", other, f"{row['speedup']:.2f} x"
+        table.add_row(named(row), row["shape"], row["dtype"], *times, f"{row['of_copy_bandwidth']:.0%}")
     console().print(table, _where(body))
     _keep(body, "kernels", results, out)
 
