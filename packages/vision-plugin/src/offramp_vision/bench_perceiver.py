@@ -41,8 +41,8 @@ LATENTS, DEPTHS = 16, (1, 1, 1, 1)
 def bench(console: Console, seeds: int = 3, steps: int = 600) -> dict[str, Any]:
     """Train every kind with every seed, print accuracy and cost of each exit, and return plain JSON values."""
     rows = []
-    runs = [(*kind, seed) for kind in KINDS for seed in range(seeds)]
-    each = [trained(*run, steps) for run in track(runs, "train and test", console.is_terminal)]
+    runs = [(kind, widths, seed) for kind, widths in KINDS for seed in range(seeds)]
+    each = [trained(kind, widths, n, steps) for kind, widths, n in track(runs, "train and test", console.is_terminal)]
     for n, (kind, widths) in enumerate(KINDS):
         mine = each[n * seeds : (n + 1) * seeds]
         accuracies = [one["accuracy"] for one in mine]
