@@ -13,6 +13,7 @@ import offramp
 from offramp import kernels
 from offramp.errors import BadArgument, UnknownName
 from offramp.kernels import _select
+from offramp.kernels.cpp import _build
 from offramp.kernels.fill_kv import Projection
 from offramp.kernels.head_stats import Norm
 
@@ -23,6 +24,9 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="triton is made for L
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch):
     monkeypatch.setattr(_select, "_said", set())
+    _build.library.cache_clear()
+    yield
+    _build.library.cache_clear()
 
 
 def call():

@@ -63,7 +63,8 @@ def select(op: str, reference: F, *tensors: Tensor) -> F:
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return reference
     implementation = "triton" if asked == "auto" else asked
-    why = missing(op, implementation, device.type) or (_not_built(op) if implementation == "cpp" else None)
+    built = implementation == "cpp" and device.type == "cpu" and op in _stems("offramp.kernels.cpp")
+    why = _not_built(op) if built else missing(op, implementation, device.type)
     if why is None:
         found: F = getattr(importlib.import_module(f"offramp.kernels.{implementation}.{op}"), op)
         return found
@@ -98,8 +99,8 @@ def _missing_cpp(op: str, device: str) -> str | None:
         return f"C++ kernels run on the CPU, not on {device!r}; OFFRAMP_KERNELS=auto takes the Triton ones there"
     if op not in _stems("offramp.kernels.cpp"):
         return "it has no C++ kernel: none was 1.3 times as fast as torch"
-    path, name = compiler()
-    return None if path else f"there is no C++ compiler {name!r}; write e.g. apt-get install g++, or name one in CXX"
+    found = compiler()
+    return None if found.path else found.missing
 
 
 def _not_built(op: str) -> str | None:

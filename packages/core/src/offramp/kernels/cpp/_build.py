@@ -10,20 +10,31 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 
 
-def compiler() -> tuple[str | None, str]:
-    """Return the path of the compiler, None where it is not there, and its name: what CXX says, or c++."""
+class Compiler(NamedTuple):
+    """path: None where it is not there; missing: what to say then."""
+
+    path: str | None
+    missing: str
+
+
+def compiler() -> Compiler:
+    """Return the C++ compiler: what CXX says, or c++."""
     name = os.environ.get("CXX") or "c++"
-    return shutil.which(name), name
+    said = f"there is no C++ compiler {name!r}; write e.g. apt-get install g++, or name one in CXX"
+    return Compiler(shutil.which(name), said)
 
 
 @functools.cache
 def library(op: str) -> ctypes.CDLL | str:
-    """Return the compiled `<op>.cpp`, or why it does not compile or load; the compiler must be there."""
-    run = str(compiler()[0])
+    """Return the compiled `<op>.cpp`, or why it does not compile or load; asked at every call, found out once."""
+    run, missing = compiler()
+    if run is None:
+        return missing
     source = Path(__file__).with_name(f"{op}.cpp")
     try:
         place = _cache() / f"{op}-{_key(run, source.read_bytes())}.so"
