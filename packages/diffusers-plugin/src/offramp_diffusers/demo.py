@@ -62,7 +62,7 @@ class Plan:
 
 #: the U-ViT takes 1.8 times as long for a step; in noise its stops are wrong several times as much as all its blocks,
 #: which shows less in samples: by shares of the full model's error all bins lost blocks, and it came out at 76 %
-PLANS = {"dit": Plan(), "uvit": Plan(base=1000, more=240, measured=120, rows=1000, plain=True)}
+PLANS = {"dit": Plan(), "uvit": Plan(base=1000, more=600, measured=120, rows=1000, plain=True)}
 #: the cache that is shown: diffusers' own do not know the blocks of the U-ViT
 CACHES = {"dit": "first_block_cache", "uvit": "deep_cache"}
 QUICK = Plan(8, 6, 3, 2, 40, 20, 3, 5)
