@@ -5,6 +5,7 @@ import time
 import torch
 from torch import nn
 
+from offramp import memory
 from offramp.clock import Clocked, interleaved, machine, origin, quartiles
 
 
@@ -36,3 +37,11 @@ def test_results_name_their_machine():
     assert "CPU cores" in machine() and "numpy" in machine("numpy")
     assert set(origin("offramp bench x")) == {"command", "machine", "date", "version"}
     assert quartiles([2.0]) == [2.0] * 3 and quartiles([1.0, 2.0, 3.0])[1] == 2.0
+
+
+def test_freed_memory_is_kept_while_the_clock_runs(monkeypatch):
+    order = []
+    monkeypatch.setattr(memory, "_glibc", lambda name, *values: order.append((name, *values)))
+    interleaved({"way": order.append}, [1, 2], warm=1)
+    assert order[:2] == [("mallopt", memory.MAPS, 0), ("mallopt", memory.TRIM, -1)]
+    assert order[2:5] == [1, 1, 2] and ("mallopt", memory.MAPS, memory.MAPS_AT_FIRST) in order[5:]
