@@ -15,9 +15,10 @@ from torch.nn import functional
 from offramp import kernels
 from offramp.clock import interleaved, origin
 from offramp.errors import UnknownName, did_you_mean
-from offramp.kernels._select import VARIABLE
+from offramp.kernels._select import not_built
+from offramp.kernels.cpp.head_stats import head_stats as in_cpp
 from offramp.kernels.fill_kv import Projection
-from offramp.kernels.head_stats import HeadStats, Norm
+from offramp.kernels.head_stats import PARTS, Norm
 
 Way = Callable[[], Any]
 #: classes x width of two language models' unembeddings
@@ -87,23 +88,12 @@ def _head_ways(hidden: Tensor, weight: Tensor, compiled: bool) -> dict[str, Way]
         "softmax": lambda: eager_softmax(hidden, weight),
         "logsumexp": lambda: eager_logsumexp(hidden, weight),
     }
-    cpp = hidden.device.type == "cpu" and kernels.mode() == "auto" and kernels.available("head_stats")["cpp"] is None
-    if cpp:
-        ways["kernel, cpp"] = lambda: _in_cpp(hidden, weight)
+    if hidden.device.type == "cpu" and kernels.mode() == "auto" and not_built("head_stats") is None:
+        ways["kernel, cpp"] = lambda: in_cpp(hidden, weight, None, None, None, None, None, PARTS)
     if compiled:
         made = torch.compile(eager_softmax)
         ways["torch.compile"] = lambda: made(hidden, weight)
     return ways
-
-
-def _in_cpp(hidden: Tensor, weight: Tensor) -> HeadStats:
-    before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = "cpp"
-    try:
-        return kernels.head_stats(hidden, weight)
-    finally:
-        del os.environ[VARIABLE]
-        os.environ.update({} if before is None else {VARIABLE: before})
 
 
 def subset_logits(quick: bool, device: str, compiled: bool) -> Iterator[Case]:

@@ -64,7 +64,7 @@ def select(op: str, reference: F, *tensors: Tensor) -> F:
         return reference
     implementation = "triton" if asked == "auto" else asked
     built = implementation == "cpp" and device.type == "cpu" and op in _stems("offramp.kernels.cpp")
-    why = _not_built(op) if built else missing(op, implementation, device.type)
+    why = not_built(op) if built else missing(op, implementation, device.type)
     if why is None:
         found: F = getattr(importlib.import_module(f"offramp.kernels.{implementation}.{op}"), op)
         return found
@@ -103,7 +103,7 @@ def _missing_cpp(op: str, device: str) -> str | None:
     return None if found.path else found.missing
 
 
-def _not_built(op: str) -> str | None:
+def not_built(op: str) -> str | None:
     """Return why the C++ of `op` does not compile or load here; compiles it where that was not done yet."""
     from offramp.kernels.cpp._build import library
 

@@ -142,7 +142,7 @@ def project(hidden: Tensor, weight: Tensor) -> Tensor:
     AMX it is the other way round: bfloat16 12.5 and 7.5 ms (1 row), 12.3 and 8.7 ms (8), 2 rows in float32 7 and 23 ms.
     """
     rows, wide = hidden.shape[0], hidden.dtype == torch.float32
-    turn = not wide or rows >= 4 if TILES else wide
+    turn = (not wide or rows >= 4) if TILES else wide
     if hidden.device.type != "cpu" or (rows == 1 and not (wide or TILES)) or (rows > 1 and not turn):
         return torch.nn.functional.linear(hidden, weight).float()
     if rows == 1:
