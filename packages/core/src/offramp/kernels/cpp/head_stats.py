@@ -47,7 +47,7 @@ def _empty(hidden: Tensor, weight: Tensor, sums: bool) -> tuple[Tensor, Tensor]:
 
 
 # an operator of torch's, so that recordings and compiled graphs hold the call, and not what it once gave
-_LIBRARY = torch.library.Library("offramp", "DEF")
+_LIBRARY = torch.library.Library("offramp", "FRAGMENT")
 _LIBRARY.define("head_stats(Tensor hidden, Tensor weight, bool sums) -> (Tensor, Tensor)")
 _LIBRARY.impl("head_stats", _run, "CPU")
 torch.library.register_fake("offramp::head_stats", _empty)
