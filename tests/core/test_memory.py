@@ -40,7 +40,8 @@ from offramp.memory import freed_memory_kept
 def pages():
     torch.ones(1 << 24)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(1 << 24)
+    for _ in range(8):
+        torch.ones(1 << 24)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 outside = pages()
@@ -51,10 +52,11 @@ print(inside, outside)
 
 
 def test_freed_memory_is_kept_inside_the_context():
-    """In a process of its own: how many pages a second tensor of 64 MB takes, made when the first is freed."""
+    """In a process of its own: how many pages eight tensors of 64 MB take, each made when the one before is freed. One of
+    them may take new ones, where something small has come to lie in the freed memory: in 7 of 25 processes it does."""
     said = subprocess.run([sys.executable, "-c", TAKEN_AGAIN], capture_output=True, text=True, check=True).stdout
     inside, outside = map(int, said.split())
-    if sys.platform == "linux":  # 16,384 pages of 4 kB, or 32 of 2 MB
+    if sys.platform == "linux":  # 8 times 16,384 pages of 4 kB, or 32 of 2 MB
         assert inside < outside / 2
 
 
