@@ -52,8 +52,8 @@ print(inside, outside)
 
 
 def test_freed_memory_is_kept_inside_the_context():
-    """In a process of its own: how many pages eight tensors of 64 MB take, each made when the one before is freed. One of
-    them may take new ones, where something small has come to lie in the freed memory: in 7 of 25 processes it does."""
+    """In a process of its own: how many pages eight tensors of 64 MB take, each made when the one before is freed. One
+    may take new ones, where something small has come to lie in the freed memory: in 7 of 25 processes one does."""
     said = subprocess.run([sys.executable, "-c", TAKEN_AGAIN], capture_output=True, text=True, check=True).stdout
     inside, outside = map(int, said.split())
     if sys.platform == "linux":  # 8 times 16,384 pages of 4 kB, or 32 of 2 MB
