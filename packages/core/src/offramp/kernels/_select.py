@@ -68,10 +68,15 @@ def select(op: str, reference: F, *tensors: Tensor) -> F:
     if why is None:
         found: F = getattr(importlib.import_module(f"offramp.kernels.{implementation}.{op}"), op)
         return found
+    say(op, implementation, why)
+    return reference
+
+
+def say(op: str, implementation: str, why: str) -> None:
+    """Warn, once per reason, that torch runs an op instead of what was asked for."""
     if (op, implementation, why) not in _said:
         _said.add((op, implementation, why))
-        warnings.warn(f"{op}: {implementation} is not used: {why}; torch runs instead", UserWarning, stacklevel=3)
-    return reference
+        warnings.warn(f"{op}: {implementation} is not used: {why}; torch runs instead", UserWarning, stacklevel=4)
 
 
 def missing(op: str, implementation: str, device: str) -> str | None:

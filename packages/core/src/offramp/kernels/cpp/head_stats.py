@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offramp.kernels._select import say
 from offramp.kernels.cpp._build import library
 from offramp.kernels.head_stats import HeadStats, Lora, Norm, reference
 
@@ -22,7 +23,10 @@ def head_stats(
     softcap: float | None, scale: Tensor | None, needs: Set[str],
 ) -> HeadStats:  # fmt: skip
     """Compute `offramp.kernels.head_stats`; what changes logits before they are reduced, and other types, by torch."""
-    if weight.dtype not in NAMES or any(given is not None for given in (bias, lora, softcap, scale)):
+    changes = {"bias": bias, "lora": lora, "softcap": softcap, "scale": scale}
+    odd = [name for name, given in changes.items() if given is not None]
+    if odd or weight.dtype not in NAMES:
+        say("head_stats", "cpp", f"it knows no {', '.join(odd) or weight.dtype}")
         return reference(hidden, weight, bias, norm, lora, softcap, scale, needs)
     label, stats = torch.ops.offramp.head_stats(hidden if norm is None else norm(hidden), weight, bool(needs))
     first, second, total, entropy = stats.unbind()
