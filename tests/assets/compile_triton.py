@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from offramp import bench_kernels, kernels
+from offramp import bench_cases, kernels
 from offramp.kernels import _select
 from offramp.kernels.head_stats import Lora, Norm
 
@@ -35,7 +35,7 @@ class Absent:
 
 def calls():
     """One call of every op in every kind that has code of its own."""
-    for cases in bench_kernels.CASES.values():
+    for cases in bench_cases.CASES.values():
         for case in cases(True, "cpu", False):
             yield case.ways["kernel"]
     for dtype in (torch.float32, torch.float16, torch.bfloat16):

@@ -17,8 +17,8 @@ UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-
 def pytest_generate_tests(metafunc):
     if "implementation" in metafunc.fixturenames:
         op = metafunc.module.__name__.rpartition("test_")[2]
-        made = ["cpp"] if op in _select._stems("offramp.kernels.cpp") else []
-        metafunc.parametrize("implementation", ["torch", "triton", *made], indirect=True)
+        made = [name for name in ("triton", "cpp") if op in _select._stems(f"offramp.kernels.{name}")]
+        metafunc.parametrize("implementation", ["torch", *made], indirect=True)
 
 
 @pytest.fixture

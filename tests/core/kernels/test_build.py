@@ -21,9 +21,9 @@ def cache(monkeypatch, tmp_path):
     monkeypatch.setattr(_select, "_said", set())
     ran, run = [], _build._run
     monkeypatch.setattr(_build, "_run", lambda command: [ran.append(command), run(command)][1])
-    _build.library.cache_clear()
+    _build.load.cache_clear()
     yield tmp_path / "offramp" / "kernels", ran
-    _build.library.cache_clear()
+    _build.load.cache_clear()
 
 
 def call():
@@ -38,7 +38,7 @@ def test_once_for_all_processes(cache):
     folder, ran = cache
     assert call().first.item() == 3 and call().first.item() == 3 and compiled(ran) == 1
     assert len(list(folder.iterdir())) == 1  # and nothing half done beside it
-    _build.library.cache_clear()  # as in another process
+    _build.load.cache_clear()  # as in another process
     assert call().first.item() == 3 and compiled(ran) == 1
 
 
@@ -46,7 +46,7 @@ def test_another_source_is_another_file(cache, monkeypatch):
     folder, ran = cache
     call()
     monkeypatch.setattr(_build, "FLAGS", (*_build.FLAGS, "-DANOTHER=1"))
-    _build.library.cache_clear()
+    _build.load.cache_clear()
     call()
     assert compiled(ran) == 2 and len(list(folder.iterdir())) == 2
 
@@ -59,6 +59,12 @@ def test_what_does_not_compile_is_said(cache, monkeypatch, broken):
     else:
         folder.parent.write_text("a file where a folder should be")
     with pytest.warns(UserWarning, match="head_stats: cpp is not used: .* could not compile or load it: .*torch runs"):
+        assert call().first.item() == 3
+
+
+def test_a_torch_without_that_interface_is_said(cache, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    with pytest.warns(UserWarning, match=r"torch 2.9.1\+cpu is too old for it; write: pip install 'torch>=2.10'"):
         assert call().first.item() == 3
 
 

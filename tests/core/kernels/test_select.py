@@ -24,9 +24,9 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="triton is made for L
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch):
     monkeypatch.setattr(_select, "_said", set())
-    _build.library.cache_clear()
+    _build.load.cache_clear()
     yield
-    _build.library.cache_clear()
+    _build.load.cache_clear()
 
 
 def call():

@@ -49,6 +49,25 @@ def test_blocks_are_recorded_and_logits_are_those_of_generate(model, ids):
     assert all(len(graphs) == 1 for graphs in shapes.values())  # equal blocks share a recording
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_in_cpp_where_that_is_asked_for(model, ids, monkeypatch, dtype):
+    model.to(dtype)
+    exits = offramp.attach(model, at=[2])
+    replay, told = exits.backbone.replay, []
+    with offramp.enable(model, "fixed", depth=2, verify=True):
+        for kernels in ("torch", "cpp", "torch", "cpp"):
+            monkeypatch.setenv("OFFRAMP_KERNELS", kernels)
+            told.append(write(model, ids))
+            # the attention of this model has four, its feed-forward three
+            ran = [step[0].graph for steps in replay.steps.values() for step in steps if step]
+            assert {len(graph.findAllNodes("offramp::linear")) for graph in ran} == {7 if kernels == "cpp" else 0}
+    unit = 1e-5 if dtype == torch.float32 else 0.05
+    for one in told[1:]:
+        logits = [torch.stack(t.logits)[: NEW if dtype == torch.float32 else 1] for t in (one, told[0])]
+        torch.testing.assert_close(*logits, rtol=unit, atol=unit)
+    assert torch.equal(told[1].sequences, told[3].sequences) and torch.equal(told[0].sequences, told[2].sequences)
+
+
 def test_a_hook_on_a_block_runs_at_every_token(model, ids):
     exits = offramp.attach(model, at=[2])
     with offramp.enable(model, "fixed", depth=2, verify=True):

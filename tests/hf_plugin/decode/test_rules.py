@@ -13,6 +13,7 @@ from transformers import LogitsProcessorList
 import offramp
 from offramp._plugins import adapt
 from offramp.errors import BadArgument
+from offramp_hf.backbones import _replay
 
 DEPTH, VOCAB, NEW = 6, 97, 14
 IDS = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
@@ -41,6 +42,8 @@ FAMILIES = {
     "olmo2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**GROUPED)),
     "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**MOE)),
 }
+#: models whose blocks are run from recordings
+RECORDED = {"llama", "qwen2", "qwen3", "mistral", "gemma3", "phi", "gpt_neox", "olmo2"}
 #: models that count positions from the cache or the mask, so that nodes of a tree cannot be placed
 NO_TREES = {"falcon-alibi", "mpt"}
 OUT = ("o_proj.weight", "out_proj.weight", "down_proj", "c_proj.weight", "dense.weight", "4h_to_h.weight", "fc2.weight")
@@ -115,6 +118,21 @@ def test_the_frameworks_own_tokens(name, rule):
                 assert run.stats.drafted == 0 and run.stats.blocks_run == run.stats.blocks_full
             else:
                 assert run.stats.drafted > run.stats.accepted >= 0 and run.stats.rounds < run.stats.tokens
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_frameworks_own_tokens_with_products_in_cpp(name, monkeypatch):
+    monkeypatch.setenv("OFFRAMP_KERNELS", "cpp")
+    monkeypatch.setattr(_replay, "USES", 2)  # so that these short texts come from recordings
+    model, (stop, texts) = family(name), wanted(name)
+    with offramp.attach(model, at=[1, 3], head="tied") as exits:
+        for rule in ("confident", "del", "hybrid", "none", *(() if name in NO_TREES else ("tree",))):
+            with offramp.enable(model, "fixed", depth=1, verify=True, draft=rule, strict=True):
+                for found, text in zip(calls(model, stop), texts, strict=True):
+                    assert torch.equal(found, text)
+        replay = exits.backbone.replay
+        kinds = {node.kind() for graph, _ in replay.quick for node in replay.quick[graph, "cpp"].graph.nodes()}
+        assert ("offramp::linear" in kinds) == (name in RECORDED)
 
 
 @pytest.mark.parametrize("head", ["adapter", "layer"])

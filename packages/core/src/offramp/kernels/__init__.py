@@ -11,6 +11,7 @@ from offramp.kernels._select import ops as ops
 from offramp.kernels.compact import compact as compact
 from offramp.kernels.fill_kv import fill_kv as fill_kv
 from offramp.kernels.head_stats import head_stats as head_stats
+from offramp.kernels.linear import linear as linear
 from offramp.kernels.row_attention import row_attention as row_attention
 from offramp.kernels.scatter import scatter as scatter
 from offramp.kernels.span_margin import span_margin as span_margin

@@ -110,10 +110,10 @@ def _missing_cpp(op: str, device: str) -> str | None:
 
 def not_built(op: str) -> str | None:
     """Return why the C++ of `op` does not compile or load here; compiles it where that was not done yet."""
-    from offramp.kernels.cpp._build import library
+    from offramp.kernels.cpp._build import load
 
-    found = library(op)
-    return found if isinstance(found, str) else None
+    importlib.import_module(f"offramp.kernels.cpp.{op}")  # torch has to know the operator before the C++ of it
+    return load(op)
 
 
 @functools.cache

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules import module as nn_module
 
+from offramp.kernels import mode
+from offramp.kernels.linear import replaced
 from offramp_hf.backbones._quick import QuickNorm
 
 #: calls of one shape before it is recorded: that takes some 15 ms, and a call saves 0.1 ms
@@ -49,7 +51,8 @@ class Replay:
     replayed, at 5 M parameters on a CPU. A recording is made once per shape and shared by all parts it fits, after a
     real call of each was compared; in every generation one call of each part is compared again. Nothing is recorded
     where hooks, patches, autocast or compilation act on a part, nor where what runs depends on values; nor on devices
-    that run behind the calls, where comparing would wait for them and nobody has measured what it saves.
+    that run behind the calls, where comparing would wait for them and nobody has measured what it saves. With
+    OFFRAMP_KERNELS=cpp what was proved so multiplies by offramp's own `linear`.
     """
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
@@ -63,6 +66,8 @@ class Replay:
         self.learned = 0
         #: why shapes were given up, by shape
         self.refused: dict[Any, str] = {}
+        #: what runs for a recording, by (recording, OFFRAMP_KERNELS)
+        self.quick: dict[tuple[Function, str], Function] = {}
         #: (part, kind) that was found not to depend on values
         self.steady: set[tuple[int, Any]] = set()
         self.begin()
@@ -76,6 +81,7 @@ class Replay:
     def begin(self) -> None:
         """A generation begins: weights, adapters and hooks may be others than in the last."""
         self.steps: dict[Any, list[Step | None]] = {}
+        self.kernels = mode()
         #: parts of which a call was compared in this generation
         self.checked: set[int] = set()
         cast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
@@ -95,8 +101,16 @@ class Replay:
         graph = proved[index] if proved is not None and index in self.checked else None
         if graph is None:
             return None
-        step = self.ready(shape)[index] = graph, weights(self.parts[index])
+        step = self.ready(shape)[index] = self.quickest(graph), weights(self.parts[index])
         return step
+
+    def quickest(self, graph: Function) -> Function:
+        """Return what runs for a recording that was proved: itself, or with OFFRAMP_KERNELS=cpp its copy that
+        multiplies in C++, which is equal to rounding."""
+        key = graph, self.kernels
+        if key not in self.quick:
+            self.quick[key] = replaced(graph)
+        return self.quick[key]
 
     def learn(self, index: int, shape: Any, out: Any, make: Callable[[], Example]) -> None:
         """Take in that a call of a part gave `out`; make: what the call was."""
@@ -118,7 +132,7 @@ class Replay:
         graph = proved[index]
         if graph is not None:
             self.checked.add(index)
-            self.ready(shape)[index] = graph, own
+            self.ready(shape)[index] = self.quickest(graph), own
 
     def forget(self, index: int) -> None:
         """Take nothing as proved for a part."""

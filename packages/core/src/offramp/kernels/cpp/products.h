@@ -1,0 +1,182 @@
+// Products of a few states with every row of a weight, in float32. Each row is read once for up to eight states, and in
+// one stream where reading takes longest: in two streams of rows of 2 kB an AMD EPYC reads half as fast.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int LANES = 16;
+// rows of a weight in one stretch: a multiple of what is taken at once, and logits of 8 states in half of a first-level
+// cache
+constexpr long BLOCK = 480;
+typedef float Floats __attribute__((vector_size(64), aligned(4)));
+typedef int32_t Integers __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
+
+Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
+
+// How a stretch of STEP weights of one type meets as many numbers of a state.
+template <typename T>
+struct Kind;
+
+template <>
+struct Kind<float> {
+  static constexpr int STEP = LANES;
+  static Floats load(const float* from) { return ::load(from); }
+  static Floats add(Floats sum, Floats w, Floats x) { return sum + w * x; }
+  static float wide(float x) { return x; }
+  static float rounded(float x) { return x; }
+  static float narrow(float x) { return x; }
+};
+
+template <>
+struct Kind<uint16_t> {  // bfloat16: the upper half of a float32
+#ifdef __AVX512BF16__
+  static constexpr int STEP = 2 * LANES;
+  static __m512bh load(const uint16_t* from) { return (__m512bh)_mm512_loadu_si512(from); }
+  static Floats add(Floats sum, __m512bh w, __m512bh x) { return (Floats)_mm512_dpbf16_ps((__m512)sum, w, x); }
+#else
+  static constexpr int STEP = LANES;
+  static Floats load(const uint16_t* from) {
+    Words wide = __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words) << 16;
+    return (Floats)wide;
+  }
+  static Floats add(Floats sum, Floats w, Floats x) { return sum + w * x; }
+#endif
+  static float wide(uint16_t x) {
+    const uint32_t word = uint32_t(x) << 16;
+    float found;
+    std::memcpy(&found, &word, sizeof found);
+    return found;
+  }
+  static uint16_t narrow(float rounded) {
+    uint32_t word;
+    std::memcpy(&word, &rounded, sizeof word);
+    return word >> 16;
+  }
+  static float rounded(float x) {  // to the nearest, of two equally near ones to the even, as the model's own logits
+    uint32_t word;
+    std::memcpy(&word, &x, sizeof word);
+    if (x == x) word += 0x7fff + (word >> 16 & 1);
+    word &= 0xffff0000;
+    std::memcpy(&x, &word, sizeof word);
+    return x;
+  }
+};
+
+// Sums of neighbours: of `a` in the lower half, of `b` in the upper.
+Floats fold(Floats a, Floats b) {
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+// The sum of each of COUNT vectors, a power of two, in the first lanes; all at once, for one by one they take as long
+// as 1,024 products.
+template <int COUNT>
+Floats totals(Floats* sum) {
+  for (int count = COUNT; count > 1; count /= 2)
+    for (int r = 0; r < count / 2; r++) sum[r] = fold(sum[2 * r], sum[2 * r + 1]);
+  for (int lanes = LANES / COUNT; lanes > 1; lanes /= 2) sum[0] = fold(sum[0], sum[0]);
+  return sum[0];
+}
+
+// so many states meet a weight at once
+constexpr int MOST = 8;
+// bytes of states up to which they stay in the first-level cache beside a stream of weights
+constexpr long NEAR = 1 << 14;
+
+// Products of ROWS of PACKED states with CLASSES neighbouring rows of a weight, rounded to its type; those of one state
+// lie BLOCK apart. UNROLL: steps at a time, for enough sums in flight to hide how long an addition takes.
+template <typename T, int ROWS, int PACKED, int UNROLL, int CLASSES>
+void group(const T* weight, const T* states, const T* bias, float* out, long width, long stride) {
+  constexpr int STEP = Kind<T>::STEP, SUMS = ROWS <= 2 ? ROWS : ROWS <= 4 ? 4 : 8;
+  const long whole = width / STEP;
+  Floats sum[CLASSES][UNROLL][ROWS] = {};
+  const auto step = [&](long s, int u) {
+    decltype(Kind<T>::load(weight)) w[CLASSES];
+    for (int c = 0; c < CLASSES; c++) {
+      const T* at = weight + c * stride + s * STEP;
+      if (CLASSES > 1) __builtin_prefetch(at + CLASSES * stride);
+      w[c] = Kind<T>::load(at);
+    }
+    for (int r = 0; r < ROWS; r++) {
+      const auto x = Kind<T>::load(states + (s * PACKED + r) * STEP);
+      for (int c = 0; c < CLASSES; c++) sum[c][u][r] = Kind<T>::add(sum[c][u][r], w[c], x);
+    }
+  };
+  long s = 0;
+  for (; s + UNROLL <= whole; s += UNROLL)
+    for (int u = 0; u < UNROLL; u++) step(s + u, u);
+  for (; s < whole; s++) step(s, 0);
+  if (whole * STEP < width)
+    for (int c = 0; c < CLASSES; c++) {
+      T rest[STEP] = {};
+      std::copy_n(weight + c * stride + s * STEP, width - s * STEP, rest);
+      for (int r = 0; r < ROWS; r++)
+        sum[c][0][r] = Kind<T>::add(sum[c][0][r], Kind<T>::load(rest), Kind<T>::load(states + (s * PACKED + r) * STEP));
+    }
+  for (int c = 0; c < CLASSES; c++) {
+    Floats last[SUMS] = {};
+    for (int u = 0; u < UNROLL; u++)
+      for (int r = 0; r < ROWS; r++) last[r] += sum[c][u][r];
+    const Floats found = totals<SUMS>(last);
+    const float more = bias ? Kind<T>::wide(bias[c]) : 0;
+    for (int r = 0; r < ROWS; r++) out[r * BLOCK + c] = Kind<T>::rounded(found[r] + more);
+  }
+}
+
+// Products of ROWS packed states with `count` <= BLOCK rows of a weight, those of one state BLOCK apart. States that
+// stay near meet one row of the weight after the other, at most four at once; of others each is read for several rows.
+template <typename T, int ROWS>
+void project(const T* weight, const T* states, const T* bias, float* out, long width, long stride, long count) {
+  constexpr int FIRST = ROWS < 4 ? ROWS : 4, REST = ROWS - FIRST, CLASSES = ROWS <= 2 ? 1 : ROWS <= 4 ? 6 : 3;
+  const auto biases = [&](long c) { return bias ? bias + c : bias; };
+  long c = 0;
+  if (ROWS > 2 && width * ROWS * long(sizeof(T)) > NEAR)
+    for (; c + CLASSES <= count; c += CLASSES)
+      group<T, ROWS, ROWS, 1, CLASSES>(weight + c * stride, states, biases(c), out + c, width, stride);
+  for (; c < count; c++) {
+    const T *row = weight + c * stride, *rest = states + FIRST * Kind<T>::STEP;
+    group<T, FIRST, ROWS, 4, 1>(row, states, biases(c), out + c, width, stride);
+    if constexpr (REST > 0)
+      group<T, REST, ROWS, 4, 1>(row, rest, biases(c), out + FIRST * BLOCK + c, width, stride);
+  }
+}
+
+// States [ROWS, width] step by step, so that they lie in a row: 4,096 bytes apart they would push one another out of
+// the cache.
+template <typename T, int ROWS>
+std::vector<T> pack(const T* states, long width) {
+  constexpr int STEP = Kind<T>::STEP;
+  std::vector<T> packed((width + STEP - 1) / STEP * STEP * ROWS);
+  for (int r = 0; r < ROWS; r++)
+    for (long k = 0; k < width; k += STEP)
+      std::copy_n(states + r * width + k, std::min<long>(STEP, width - k), packed.data() + k * ROWS + r * STEP);
+  return packed;
+}
+
+// Call `run` with the first of as many rows as are taken at once, and how many, as a type, until all were.
+template <typename Run>
+void in_parts(long rows, const Run& run) {
+  for (long r = 0; r < rows; r += MOST) switch (std::min<long>(MOST, rows - r)) {
+      case 1: run(r, std::integral_constant<int, 1>()); break;
+      case 2: run(r, std::integral_constant<int, 2>()); break;
+      case 3: run(r, std::integral_constant<int, 3>()); break;
+      case 4: run(r, std::integral_constant<int, 4>()); break;
+      case 5: run(r, std::integral_constant<int, 5>()); break;
+      case 6: run(r, std::integral_constant<int, 6>()); break;
+      case 7: run(r, std::integral_constant<int, 7>()); break;
+      default: run(r, std::integral_constant<int, 8>());
+    }
+}
+
+}  // namespace
