@@ -54,13 +54,16 @@ def test_products_in_cpp_where_that_is_asked_for(model, ids, monkeypatch, dtype)
     model.to(dtype)
     exits = offramp.attach(model, at=[2])
     replay, told = exits.backbone.replay, []
-    with offramp.enable(model, "fixed", depth=2, verify=True):
-        for kernels in ("torch", "cpp", "torch", "cpp"):
-            monkeypatch.setenv("OFFRAMP_KERNELS", kernels)
-            told.append(write(model, ids))
-            # the attention of this model has four, its feed-forward three
-            ran = [step[0].graph for steps in replay.steps.values() for step in steps if step]
-            assert {len(graph.findAllNodes("offramp::linear")) for graph in ran} == {7 if kernels == "cpp" else 0}
+    for kernels, compiled in (("torch", False), ("cpp", False), ("torch", False), ("torch", True)):
+        monkeypatch.setenv("OFFRAMP_KERNELS", kernels)
+        with offramp.enable(model, "fixed", depth=2, verify=True, compile=compiled):
+            for _ in range(2):
+                found = write(model, ids)
+            told.append(found)
+        # the attention of this model has four, its feed-forward three
+        ran = [step[0].graph for steps in replay.steps.values() for step in steps if step]
+        counts = {len(graph.findAllNodes("offramp::linear")) for graph in ran}
+        assert counts == {7 if compiled or kernels == "cpp" else 0}
     unit = 1e-5 if dtype == torch.float32 else 0.05
     for one in told[1:]:
         logits = [torch.stack(t.logits)[: NEW if dtype == torch.float32 else 1] for t in (one, told[0])]

@@ -9,6 +9,7 @@ import offramp
 from offramp import compiled
 from offramp._plugins import adapt
 from offramp.errors import BadArgument
+from offramp.kernels.cpp import _build
 from offramp_hf.cache import GrowingLayer, WindowCache
 from offramp_hf.decode import compiled as way
 from offramp_hf.decode.compiled import Compiled
@@ -37,14 +38,24 @@ def write(model, one, **options):
         return model.generate(**one, max_new_tokens=24, do_sample=False), run.stats
 
 
-def test_on_the_cpu_recordings_run_and_the_text_is_the_same(model, one, marks):
-    """They are faster than compiled blocks there, give the same to the bit, and need no compiler."""
-    offramp.attach(model, [2, 4])
+def test_on_the_cpu_recordings_multiply_in_cpp_and_the_text_is_the_same(model, one, marks):
+    """They are faster than compiled blocks there."""
+    exits = offramp.attach(model, [2, 4])
     wanted, before = model.generate(**one, max_new_tokens=24, do_sample=False), marks(model)
-    with torch._inductor.config.patch("cpp.cxx", ("no-such-compiler",)):
-        found, stats = write(model, one, verify=True, draft=3, compile=True)
-        assert torch.equal(found, wanted) and stats.accepted
-        assert torch.equal(write(model, one, compile=True)[0], write(model, one)[0])
+    found, stats = write(model, one, verify=True, draft=3, compile=True)
+    assert torch.equal(found, wanted) and stats.accepted and exits.backbone.replay.cpp
+    assert torch.equal(write(model, one, compile=True)[0], write(model, one)[0])
+    assert not exits.backbone.replay.cpp and marks(model) == before
+
+
+def test_a_missing_compiler_is_refused(model, marks, monkeypatch):
+    offramp.attach(model, [2, 4])
+    before = marks(model)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    _build.load.cache_clear()
+    with pytest.raises(BadArgument, match="multiplies in C[+][+] on a CPU, and there is no .* or leave compile out"):
+        offramp.enable(model, "confidence", threshold=0.5, verify=True, compile=True)
+    _build.load.cache_clear()
     assert marks(model) == before
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from offramp.errors import BadArgument
-from offramp.kernels._select import mode, not_built, say, select
+from offramp.kernels._select import not_built, say, select
 
 
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -31,12 +31,9 @@ def reference(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(hidden, weight, bias)
 
 
-def replaced(graph: Any) -> Any:
-    """Return a recording (of `torch.jit.trace`, for tensors of a CPU) whose linear layers are this op in C++, where
-    OFFRAMP_KERNELS asks for it; else the recording itself. Equal up to rounding.
-    """
-    if mode() != "cpp":
-        return graph
+def in_cpp(graph: Any) -> Any:
+    """Return a copy of a recording (of `torch.jit.trace`, on tensors of a CPU) whose linear layers are this op in C++,
+    equal up to rounding; the recording itself, with a warning, where that does not compile."""
     why = not_built("linear")
     if why is not None:
         say("linear", "cpp", why)
@@ -48,4 +45,4 @@ def replaced(graph: Any) -> Any:
         made.output().setType(node.output().type())
         node.output().replaceAllUsesWith(made.output())
         node.destroy()
-    return torch._C._create_function_from_graph("replaced", copied)
+    return torch._C._create_function_from_graph("in_cpp", copied)

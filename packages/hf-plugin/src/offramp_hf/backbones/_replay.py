@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules import module as nn_module
 
 from offramp.kernels import mode
-from offramp.kernels.linear import replaced
+from offramp.kernels.linear import in_cpp
 from offramp_hf.backbones._quick import QuickNorm
 
 #: calls of one shape before it is recorded: that takes some 15 ms, and a call saves 0.1 ms
@@ -51,8 +51,8 @@ class Replay:
     replayed, at 5 M parameters on a CPU. A recording is made once per shape and shared by all parts it fits, after a
     real call of each was compared; in every generation one call of each part is compared again. Nothing is recorded
     where hooks, patches, autocast or compilation act on a part, nor where what runs depends on values; nor on devices
-    that run behind the calls, where comparing would wait for them and nobody has measured what it saves. With
-    OFFRAMP_KERNELS=cpp what was proved so multiplies by offramp's own `linear`.
+    that run behind the calls, where comparing would wait for them and nobody has measured what it saves. What was
+    proved so multiplies in C++ with compile=True or OFFRAMP_KERNELS=cpp.
     """
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
@@ -66,8 +66,8 @@ class Replay:
         self.learned = 0
         #: why shapes were given up, by shape
         self.refused: dict[Any, str] = {}
-        #: what runs for a recording, by (recording, OFFRAMP_KERNELS)
-        self.quick: dict[tuple[Function, str], Function] = {}
+        #: copies of recordings that multiply in C++, by recording
+        self.quick: dict[Function, Function] = {}
         #: (part, kind) that was found not to depend on values
         self.steady: set[tuple[int, Any]] = set()
         self.begin()
@@ -78,10 +78,11 @@ class Replay:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["parts"])  # type: ignore[misc]
 
-    def begin(self) -> None:
-        """A generation begins: weights, adapters and hooks may be others than in the last."""
+    def begin(self, compiled: bool = False) -> None:
+        """A generation begins: weights, adapters and hooks may be others than in the last. compiled: multiply in C++,
+        whatever OFFRAMP_KERNELS says."""
         self.steps: dict[Any, list[Step | None]] = {}
-        self.kernels = mode()
+        self.cpp = compiled or mode() == "cpp"
         #: parts of which a call was compared in this generation
         self.checked: set[int] = set()
         cast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
@@ -105,12 +106,13 @@ class Replay:
         return step
 
     def quickest(self, graph: Function) -> Function:
-        """Return what runs for a recording that was proved: itself, or with OFFRAMP_KERNELS=cpp its copy that
-        multiplies in C++, which is equal to rounding."""
-        key = graph, self.kernels
-        if key not in self.quick:
-            self.quick[key] = replaced(graph)
-        return self.quick[key]
+        """Return what runs for a recording that was proved: itself, or its copy that multiplies in C++, which is equal
+        to rounding."""
+        if not self.cpp:
+            return graph
+        if graph not in self.quick:
+            self.quick[graph] = in_cpp(graph)
+        return self.quick[graph]
 
     def learn(self, index: int, shape: Any, out: Any, make: Callable[[], Example]) -> None:
         """Take in that a call of a part gave `out`; make: what the call was."""

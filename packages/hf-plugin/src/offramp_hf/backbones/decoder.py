@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from offramp.backbone import Backbone, Observed, Tap, Undo
 from offramp.blocks import Call, Chain, learn_spec
-from offramp.enable import Run
+from offramp.enable import RUN, Run
 from offramp.errors import BadArgument, UnsupportedModel
 from offramp.head import Around, HeadContext
 from offramp_hf.backbones._blocks import block_list, quiet
@@ -267,6 +267,12 @@ class Decoder(Backbone):
             if self.rows_fit:
                 return DirectRows(self, cache)
         return Through(self, cache, inputs)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the model is enabled with compile=True."""
+        run = self.model.__dict__.get(RUN)
+        return run is not None and run.options.compile
 
     @cached_property
     def replay(self) -> Replay:

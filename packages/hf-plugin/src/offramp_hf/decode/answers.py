@@ -51,15 +51,15 @@ class Answers:
         self.mixing = Replay(heads)
         self.masks: dict[int, Tensor] = {}
 
-    def begin(self) -> None:
-        """A generation begins."""
+    def begin(self, compiled: bool = False) -> None:
+        """A generation begins; compiled: as in `Replay.begin`."""
         for rows in self.narrow:
             rows.refresh()
         some = self.classes >= MANY and self.needs <= NAMED
         #: whether statistics can be made without the logits, by exit
         self.plain = [some and _matrix(head) is not None for head in self.sayers]
-        self.replay.begin()
-        self.mixing.begin()
+        self.replay.begin(compiled)
+        self.mixing.begin(compiled)
         self.masks = {}
 
     @property

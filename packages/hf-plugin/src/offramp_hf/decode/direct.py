@@ -64,7 +64,7 @@ class Direct:
             if groups > 1:
                 stack.enter_context(_quick.grouped(model))
             self.groups, self.masks = groups, {}
-            self.decoder.replay.begin()
+            self.decoder.replay.begin(self.decoder.compiled)
             try:
                 yield
             finally:

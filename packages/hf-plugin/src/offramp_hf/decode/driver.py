@@ -70,7 +70,7 @@ class Driver:
             ids = range(given) if isinstance(given, int) else given
             answers = self.run.memory[key] = Answers(self.heads, self.context, self.needs, ids)
         self.answers: Answers = answers
-        answers.begin()
+        answers.begin(self.run.options.compile)
         self.read_prompt(states)
 
     def read_prompt(self, states: dict[int, Tensor]) -> None:

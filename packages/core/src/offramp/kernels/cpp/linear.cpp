@@ -53,7 +53,9 @@ Tensor few(const Tensor& hidden, const Tensor& weight, const std::optional<Tenso
 Tensor linear(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias) {
   const ScalarType type = weight.scalar_type();
   const long width = weight.dim() == 2 ? weight.size(1) : 0, rows = width ? hidden.numel() / width : 0;
-  bool fits = hidden.scalar_type() == type && 0 < rows && rows <= MOST && weight.stride(1) == 1;
+  // twice as many in float32, where torch takes as long for 16 states as reading the weight twice
+  const long most = type == ScalarType::Float ? 2 * MOST : MOST;
+  bool fits = hidden.scalar_type() == type && 0 < rows && rows <= most && weight.stride(1) == 1;
   fits = fits && hidden.size(hidden.dim() - 1) == width;
   fits = fits && (!bias || (bias->scalar_type() == type && bias->numel() == weight.size(0) && bias->is_contiguous()));
   if (fits && type == ScalarType::Float) return few<float>(hidden, weight, bias, rows);
