@@ -235,9 +235,9 @@ def test_synthetic_rows_are_labelled_and_lossless(tmp_path):
     assert drafted["identical"] and 0 < drafted["accepted"] < drafted["drafted"]
     assert body["acceptance"] == pytest.approx(0.75, abs=0.15) and not body["rows"][2]["identical"]
     assert body["rows"][2]["agreement"] < 1
-    assert set(drafted["phases"]) == {"prefill", "low", "deep", "head", "readout", "rest"}
-    assert sum(drafted["phases"].values()) > 0 and drafted["phases"]["head"] > 0
-    assert body["rows"][0]["phases"]["head"] == 0
+    for row in (body["rows"][0], drafted):
+        assert {"blocks", "heads", "cache", "rest"} <= set(row["parts_ms"]) and row["parts_ms"]["blocks"] > 0
+    assert "policy" in drafted["parts_ms"] and "policy" not in body["rows"][0]["parts_ms"]
 
 
 def test_shapes_have_names():

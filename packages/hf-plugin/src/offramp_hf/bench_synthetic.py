@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 import offramp
 from offramp.attach import find
-from offramp.clock import Clocked, interleaved
 from offramp.enable import Stats
 from offramp.errors import BadArgument
 from offramp_hf.bench import Ask, of_settings, origin, run
+from offramp_hf.bench_overhead import framework, ours, per_token
 from offramp_hf.bench_tables import details
 from offramp_hf.demo import SWEEP, step, table
 from offramp_hf.measure import Generate
@@ -34,6 +34,8 @@ SHAPES = {
 VOCABULARY, HEAD_WIDTH = 32000, 64
 #: tokens of a prompt; and how much smaller than at initialisation the blocks' contributions are made
 PROMPT, QUIET = 16, 1e-3
+#: of a token
+PARTS = ("blocks", "heads", "policy", "cache", "rest")
 
 
 def synthetic(shape: str, exit_at: int, acceptance: float, length: int, ask: Ask, console: Console) -> dict[str, Any]:
@@ -58,9 +60,9 @@ def synthetic(shape: str, exit_at: int, acceptance: float, length: int, ask: Ask
         ways[label] = replace(way, name=label, arguments=free, sample=ask.sample)
     rows = run(ways, prompts, exits, console, build if ask.memory else None)
     for row in rows:
-        row["phases"] = phases(ways[row["name"]], plain, exits, exit_at, prompts[:SWEEP])
+        row["parts_ms"] = parts(ways[row["name"]], exits, prompts[0])
     title = f"{shape}, untrained, bf16, batch {ask.batch}, {new} tokens, oracle draft at depth {exit_at}"
-    console.print(table(title, rows), details("rounds, bound and efficiency", rows), phase_table(rows))
+    console.print(table(title, rows), details("rounds, bound and efficiency", rows), part_table(rows))
     text = torch.cat([p[:, -1:] + 1 + torch.arange(new, device=p.device) for p in prompts]) % classes
     share = known_tokens(classes, acceptance)[text.cpu()].float().mean().item()
     body: dict[str, Any] = {"format": 1, "title": title, "label": "oracle draft", "rows": rows, "asked": asdict(ask)}
@@ -138,37 +140,23 @@ def prompts_of(count: int, batch: int, new_tokens: int, classes: int, device: st
     return list(((starts + torch.arange(PROMPT, device=device)) % classes).split(batch))
 
 
-def phases(way: Generate, plain: Generate, exits: Any, exit_at: int, prompts: Sequence[Tensor]) -> dict[str, float]:
-    """Return seconds per token of each phase of a way, measured apart with hooks on the modules.
-
-    low: blocks up to the exit (drafting); deep: those after it (verification); rest: policy, acceptance, cropping, the
-    loop around it all, and the hooks themselves.
-    """
-    blocks, context = exits.backbone.blocks, exits.backbone.context()
-    modules = [*blocks, exits[exit_at], context.norm, context.projection]
-    run = Clocked(modules, replace(way, stats=Stats(), memory={}))
-    first = Clocked(modules, replace(plain, new_tokens=1))
-    timed = interleaved({"run": run, "prefill": first}, prompts, warm=1)
-    pairs = [list(zip(*clock.kept[-len(prompts) :], strict=True)) for clock in (run, first)]
-    spent = [sum(a) - sum(b) for a, b in zip(*pairs, strict=True)]
-    total, prefill = (sum(t.seconds for t in timed[name]) for name in ("run", "prefill"))
-    found = {
-        "prefill": prefill,
-        "low": sum(spent[:exit_at]),
-        "deep": sum(spent[exit_at : len(blocks)]),
-        "head": spent[len(blocks)],
-        "readout": sum(spent[len(blocks) + 1 :]),
-    }
-    tokens = sum(t.result.numel() - p.numel() for t, p in zip(timed["run"], prompts, strict=True))
-    return {k: v / tokens for k, v in {**found, "rest": total - sum(found.values())}.items()}
+def parts(way: Generate, exits: Any, prompt: Tensor) -> dict[str, float]:
+    """Return milliseconds per token after the first by part, measured apart: blocks, heads with the readout, policy,
+    cache, and the rest, which is Python around it all."""
+    run, first = (replace(way, stats=Stats(), memory={}, new_tokens=n) for n in (way.new_tokens, 1))
+    places = framework(way.model, exits) if way.policy is None else ours(way.model, exits, way.policy)
+    with run.ready():
+        run(prompt)  # what it learns, it has learned
+    found = per_token(run, first, prompt, places, way.new_tokens, SWEEP)
+    return {name: took / len(prompt) for name, took in found.items()}
 
 
-def phase_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Return milliseconds per token and phase."""
+def part_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Return milliseconds per token and part."""
     out = Table(title="milliseconds per token", title_justify="left", box=SIMPLE)
-    names = list(rows[0]["phases"])
+    names = list(PARTS)
     for name in ("way", *names):
         out.add_column(name, justify="left" if name == "way" else "right")
     for row in rows:
-        out.add_row(row["name"], *(f"{1000 * row['phases'][name]:.2f}" for name in names))
+        out.add_row(row["name"], *(f"{row['parts_ms'].get(name, 0.0):.2f}" for name in names))
     return out
