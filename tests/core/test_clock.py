@@ -2,6 +2,7 @@
 
 import time
 
+import pytest
 import torch
 from torch import nn
 
@@ -37,6 +38,12 @@ def test_results_name_their_machine():
     assert "CPU cores" in machine() and "numpy" in machine("numpy")
     assert set(origin("offramp bench x")) == {"command", "machine", "date", "version"}
     assert quartiles([2.0]) == [2.0] * 3 and quartiles([1.0, 2.0, 3.0])[1] == 2.0
+
+
+@pytest.mark.parametrize(("asked", "said"), [("auto", ""), ("cpp", "OFFRAMP_KERNELS=cpp ")])
+def test_a_command_names_the_kernels_that_were_asked_for(monkeypatch, asked, said):
+    monkeypatch.setenv("OFFRAMP_KERNELS", asked)
+    assert origin("offramp bench x")["command"] == f"{said}offramp bench x"
 
 
 def test_freed_memory_is_kept_while_the_clock_runs(monkeypatch):

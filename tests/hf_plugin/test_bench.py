@@ -270,6 +270,7 @@ def calibrate(model, tokenizer, config=None, save_path="./router.pt", device=Non
 class TIDE:
     def __init__(self, model, router_path, config=None, use_cuda_kernels=True):
         self.model, self.router = model, Path(router_path).read_text()
+        model.register_forward_hook(lambda *args: None)
 
     def generate(self, input_ids, max_new_tokens=512, temperature=1.0, top_k=50, top_p=0.9):
         return self.model.generate(input_ids, max_new_tokens=max_new_tokens, do_sample=False)
@@ -307,6 +308,13 @@ def test_the_package_is_a_row_of_its_own(folder, tmp_path, quick, package):
     assert row["tokens"] == 12 and row["identical"] and row["bound"] is None
     assert row["blocks_run"] == row["blocks_full"] and row["saved"] == 0.0
     assert (tmp_path / "out" / "tide-model" / "router.pt").read_text() == "1 1"  # a router per block, none before
+
+
+def test_its_hooks_are_on_a_model_of_its_own_with_the_same_weights(folder, tmp_path, package):
+    model, tokenizer = load(folder / "model")
+    way = bench_tide.tide(model, tokenizer, "x" * 600, tmp_path / "tide", 4, None)
+    assert way.model._forward_hooks and not model._forward_hooks
+    assert all(a is b for a, b in zip(way.model.parameters(), model.parameters(), strict=True))
 
 
 def test_text_that_the_package_cannot_read_is_an_error(folder, tmp_path, package):

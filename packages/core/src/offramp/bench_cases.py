@@ -80,8 +80,8 @@ def linear(quick: bool, device: str, compiled: bool) -> Iterator[Case]:
     """A layer of a language model, one state to eight: as many copies as no cache holds, as in a model."""
     for classes, width in ((64, 16),) if quick else ((512, 192), (2752, 1024)):
         for dtype in (torch.bfloat16, torch.float32):
-            one = torch.randn(classes, width, device=device) / width**0.5
-            layers = [one.to(dtype, copy=True) for _ in range(2 if quick else (64 << 20) // one.nbytes)]
+            one = (torch.randn(classes, width, device=device) / width**0.5).to(dtype)
+            layers = [one.clone() for _ in range(2 if quick else (64 << 20) // one.nbytes)]
             for rows in (1, 2, 4, 8):
                 hidden = torch.randn(1, rows, width, device=device).to(dtype)
                 ways = {

@@ -19,6 +19,7 @@ from torch import nn
 
 from offramp._version import __version__
 from offramp.enable import Stats, enable
+from offramp.kernels._select import VARIABLE, mode
 from offramp.memory import freed_memory_kept
 from offramp.policy import ExitPolicy
 
@@ -226,6 +227,8 @@ def machine(*libraries: str) -> str:
 
 
 def origin(command: str, *libraries: str) -> dict[str, str]:
-    """Return what a result must name: command, machine, date and version."""
+    """Return what a result must name: command, with the kernels that were asked for, machine, date and version."""
+    asked = mode()
+    command = command if asked == "auto" else f"{VARIABLE}={asked} {command}"
     date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     return {"command": command, "machine": machine(*libraries), "date": date, "version": __version__}

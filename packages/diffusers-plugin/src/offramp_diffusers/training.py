@@ -166,7 +166,7 @@ def train(
     started, generator = time.perf_counter(), torch.Generator().manual_seed(how.seed)
     report = TuneReport(parameters=sum(p.numel() for p in weights))
     task.model.train(task.train)
-    optimiser: Any = torch.optim.AdamW(weights, lr=how.lr, weight_decay=0.0)
+    optimiser: Any = torch.optim.AdamW(weights, lr=how.lr, weight_decay=0.0, fused=True)
     step, optimiser = accelerator.prepare(Step(task), optimiser)
     # its decay starts at 0.2: with 0.999 from step 0 the average would be the untuned model
     average = EMAModel(weights, decay=how.ema, foreach=True) if how.ema else None

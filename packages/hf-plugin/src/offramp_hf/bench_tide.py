@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 from dataclasses import dataclass
@@ -64,6 +65,9 @@ def tide(model: Any, tokenizer: Any, text: str, folder: Path, new_tokens: int, s
     depth = model.config.get_text_config().num_hidden_layers
     every, least = max(1, round(depth / 8)), depth // 4
     config = TIDE.TIDEConfig(checkpoint_interval=every, min_layers=least, calibration_dataset=source)
+    # its hooks stay on the model that it is given, and what is hooked runs from no recording: it gets another, which
+    # shares the weights
+    model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     router = folder / "router.pt"
     TIDE.calibrate(model, tokenizer, config=config, save_path=str(router))
     engine = TIDE.TIDE(model, router_path=str(router), config=config)
