@@ -7,7 +7,7 @@ from transformers import LogitsProcessorList
 
 import offramp
 from offramp_hf.decode import clock
-from offramp_hf.decode.choose import Chooser
+from offramp_hf.decode.choose import Chooser, draw
 
 DRAWS, VOCAB = 4000, 8
 
@@ -154,3 +154,21 @@ def test_one_row_in_one_row_out():
     mixed = Chooser(LogitsProcessorList([lambda ids, scores: scores + torch.zeros(3, 4)]), False)
     with pytest.raises(BadArgument, match="logits processor"):
         mixed.judge(torch.tensor([[0]]), [], torch.zeros(1, 4), [])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_classes_are_drawn_as_often_as_their_weights_say(dtype):
+    torch.manual_seed(0)
+    weights = torch.tensor([[0.0, 1.0, 2.0, 0.0, 3.0, 0.0], [5.0, 0.0, 0.0, 1.0, 0.0, 2.0]], dtype=dtype)
+    found = draw(weights.repeat_interleave(20_000, 0)).view(2, -1)
+    for row, wanted in zip(found, weights, strict=True):
+        counts, possible = torch.bincount(row, minlength=6), wanted > 0
+        assert not counts[~possible].any()
+        shares = wanted[possible].double() / wanted.double().sum() * len(row)
+        assert chisquare(counts[possible].numpy(), shares.numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("broken", [0.0, float("nan")])
+def test_nothing_is_drawn_from_what_is_no_distribution(broken):
+    with pytest.raises(RuntimeError, match="probabilities are no numbers, or all of them are 0"):
+        draw(torch.full((1, 4), broken))
