@@ -172,3 +172,26 @@ def test_classes_are_drawn_as_often_as_their_weights_say(dtype):
 def test_nothing_is_drawn_from_what_is_no_distribution(broken):
     with pytest.raises(RuntimeError, match="probabilities are no numbers, or all of them are 0"):
         draw(torch.full((1, 4), broken))
+
+
+def test_a_list_of_processors_with_a_call_of_its_own_is_called_as_a_whole():
+    class Doubling(LogitsProcessorList):
+        def __call__(self, ids, scores, **kwargs):
+            return 2 * super().__call__(ids, scores)
+
+    def more(ids, scores):
+        return scores + 1
+
+    ids, logits = torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 4)
+    assert Chooser(LogitsProcessorList([more, more]), True).scores(ids, logits).tolist() == [[3.0] * 4]
+    assert Chooser(Doubling([more, more]), True).scores(ids, logits).tolist() == [[6.0] * 4]
+
+
+def test_a_processor_that_asks_for_more_is_refused_as_the_framework_does():
+    class Greedy:
+        def __call__(self, ids, scores, more):
+            return scores
+
+    ids, logits = torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 4)
+    with pytest.raises(ValueError, match="required parameters"):
+        Chooser(LogitsProcessorList([Greedy()]), True).scores(ids, logits)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from offramp.errors import BadArgument
-from offramp_hf._compat import processors_of_row
+from offramp_hf._compat import in_turn, processors_of_row
 
 
 class Chooser:
@@ -20,7 +20,7 @@ class Chooser:
     def __init__(self, processors: Any, sample: bool) -> None:
         self.processors, self.sample = processors, sample
         self.plain = not len(processors)
-        self.of_row: dict[int | None, Any] = {None: processors}
+        self.of_row: dict[int | None, Any] = {None: in_turn(processors)}
 
     def scores(self, prefix: Tensor, logits: Tensor, row: int | None = None) -> Tensor:
         """Return processed scores in float32. prefix: [rows, length]; logits: [rows, classes]; row: the one row of the
@@ -29,7 +29,7 @@ class Chooser:
             return logits.float()
         with torch.inference_mode(False), torch.no_grad():  # user code gets ordinary tensors
             if row is not None and row not in self.of_row:
-                self.of_row[row] = processors_of_row(self.processors, row)
+                self.of_row[row] = in_turn(processors_of_row(self.processors, row))
             out: Tensor = self.of_row[row](prefix, logits.to(torch.float32, copy=True))
         if out.shape != logits.shape:
             raise BadArgument(
