@@ -43,7 +43,7 @@ FAMILIES = {
     "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**MOE)),
 }
 #: models whose blocks are run from recordings
-RECORDED = {"llama", "qwen2", "qwen3", "mistral", "gemma3", "phi", "gpt_neox", "olmo2"}
+RECORDED = {"llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi", "gpt_neox", "olmo2"}
 #: models that count positions from the cache or the mask, so that nodes of a tree cannot be placed
 NO_TREES = {"falcon-alibi", "mpt"}
 OUT = ("o_proj.weight", "out_proj.weight", "down_proj", "c_proj.weight", "dense.weight", "4h_to_h.weight", "fc2.weight")

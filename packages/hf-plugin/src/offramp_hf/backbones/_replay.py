@@ -180,7 +180,8 @@ def _record(part: nn.Module, example: Example, check: bool) -> Function:
             with FakeTensorMode(allow_non_fake_inputs=True) as fake, _unlogged("torch._subclasses.fake_tensor"):
                 step(*[fake.from_tensor(t) for t in inputs])
         graph: Any = torch.jit.trace(step, tuple(inputs), check_trace=False)
-    free = {size for a, b in zip(example.other, example.inputs, strict=True) for size in a.shape if a.shape != b.shape}
+    pairs = zip(example.other, example.inputs, strict=True)
+    free = {mine for a, b in pairs for mine, real in zip(a.shape, b.shape, strict=True) if mine != real}
     _settle_sizes(graph.graph, free)
     found: Function = graph
     return found
@@ -205,12 +206,13 @@ def _settle_sizes(graph: Any, free: set[int]) -> None:
     """
     for node in list(graph.findAllNodes("aten::size")):
         sizes = node.inputsAt(0).type().sizes()
-        if sizes is not None and not free & set(sizes):
+        size = None if sizes is None else sizes[node.inputsAt(1).toIValue()]
+        if size is not None and size not in free:
             with graph.insert_point_guard(node):
-                size = graph.insertConstant(sizes[node.inputsAt(1).toIValue()])
-            node.output().replaceAllUsesWith(size)
+                constant = graph.insertConstant(size)
+            node.output().replaceAllUsesWith(constant)
     torch._C._jit_pass_constant_propagation(graph)
-    torch._C._jit_pass_peephole(graph, False)
+    torch._C._jit_pass_peephole(graph, True)  # of shapes it would make constants of all sizes
     torch._C._jit_pass_dce(graph)
 
 
