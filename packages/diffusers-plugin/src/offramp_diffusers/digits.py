@@ -49,10 +49,11 @@ def make(depth: int = 8, width: int = 48) -> nn.Module:
 
 
 def make_uvit() -> nn.Module:
-    """Return a fresh U-ViT of as many blocks: the deep ones also read the states of shallow ones."""
+    """Return a fresh U-ViT of 12 blocks: the deep ones also read the states of shallow ones. Of 8, a stop leaves out so
+    large a share that 600 steps of tuning leave it 30 % from the full model."""
     from offramp_diffusers.uvit import UViT
 
-    return UViT()
+    return UViT(12)
 
 
 #: denoisers that can be shown, by name

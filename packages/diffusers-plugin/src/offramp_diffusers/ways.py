@@ -100,6 +100,8 @@ class Trial:
         """Return the way with the boldest setting of its cache whose distance is at most `most`, None where none is:
         by halving, as if the distance rose with the setting."""
         settings = SETTINGS[str(way.cache)]
+        if way.cache == "deep_cache":
+            settings = tuple((round(always / 8 * adapt(way.model).depth), every) for always, every in settings)
         if way.cache == "mag_cache":
             way = replace(way, ratios=self.growth(way, seed))
         low, high = -1, len(settings) - 1
