@@ -71,6 +71,18 @@ def test_products_in_cpp_where_that_is_asked_for(model, ids, monkeypatch, dtype)
     assert torch.equal(told[1].sequences, told[3].sequences) and torch.equal(told[0].sequences, told[2].sequences)
 
 
+def test_weights_that_are_more_than_numbers_multiply_themselves():
+    class Packed(torch.Tensor):
+        pass
+
+    replay = Replay([nn.Linear(2, 2)])
+    replay.begin(compiled=True)
+    recording = torch.jit.trace(nn.functional.linear, (torch.ones(1, 2), torch.ones(2, 2)), check_trace=False)
+    plain = torch.ones(2, 2)
+    assert replay.quickest(recording, (plain, plain.as_subclass(Packed))) is recording
+    assert replay.quickest(recording, (plain, nn.Parameter(plain))) is not recording
+
+
 def test_a_hook_on_a_block_runs_at_every_token(model, ids):
     exits = offramp.attach(model, at=[2])
     with offramp.enable(model, "fixed", depth=2, verify=True):

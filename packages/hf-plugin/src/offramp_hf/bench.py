@@ -98,7 +98,7 @@ def lm(ask: Ask, console: Console) -> dict[str, Any]:
         title = f"{source.name}, {len(subject.prompts)} prompts"
         console.print(table(title, rows), details(f"{title}: rounds, bound and efficiency", rows))
     body |= origin("offramp bench lm")
-    console.print(f"{body['machine']}, {body['date']}", soft_wrap=True)
+    console.print(f"{body['command']}: {body['machine']}, {body['date']}", soft_wrap=True)
     return body
 
 

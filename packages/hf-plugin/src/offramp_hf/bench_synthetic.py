@@ -68,7 +68,7 @@ def synthetic(shape: str, exit_at: int, acceptance: float, length: int, ask: Ask
     body: dict[str, Any] = {"format": 1, "title": title, "label": "oracle draft", "rows": rows, "asked": asdict(ask)}
     body |= {"acceptance_asked": acceptance, "acceptance": share, **origin(f"offramp bench lm --synthetic {shape}")}
     console.print(f"oracle drafts are right for {share:.1%} of the tokens of this text")
-    console.print(f"{body['machine']}, {body['date']}", soft_wrap=True)
+    console.print(f"{body['command']}: {body['machine']}, {body['date']}", soft_wrap=True)
     return body
 
 

@@ -102,13 +102,14 @@ class Replay:
         graph = proved[index] if proved is not None and index in self.checked else None
         if graph is None:
             return None
-        step = self.ready(shape)[index] = self.quickest(graph), weights(self.parts[index])
+        own = weights(self.parts[index])
+        step = self.ready(shape)[index] = self.quickest(graph, own), own
         return step
 
-    def quickest(self, graph: Function) -> Function:
+    def quickest(self, graph: Function, own: tuple[Tensor, ...]) -> Function:
         """Return what runs for a recording that was proved: itself, or its copy that multiplies in C++, which is equal
-        to rounding."""
-        if not self.cpp:
+        to rounding; own: the weights, of which kinds that are more than numbers multiply themselves."""
+        if not self.cpp or any(type(w) not in (Tensor, nn.Parameter) for w in own):
             return graph
         if graph not in self.quick:
             self.quick[graph] = in_cpp(graph)
@@ -134,7 +135,7 @@ class Replay:
         graph = proved[index]
         if graph is not None:
             self.checked.add(index)
-            self.ready(shape)[index] = self.quickest(graph), own
+            self.ready(shape)[index] = self.quickest(graph, own), own
 
     def forget(self, index: int) -> None:
         """Take nothing as proved for a part."""
