@@ -49,6 +49,10 @@ def taught(model, **more):
     return whole(model, teacher=fresh(), **more)
 
 
+def answered(model, **more):
+    return whole(model, teacher=fresh(), answers=16, **more)
+
+
 def heads(model, **more):
     offramp.attach(model, at=[1, 3], head="bottleneck", r=4)
     given = {"steps": 6, "lr": 1e-2, "batch_size": 4, "progress": False, **more}
@@ -61,7 +65,7 @@ def estimates(model, **more):
     return tune_uncertainty(model, rows(), DDPMScheduler(), **given)
 
 
-WAYS = {way.__name__: way for way in (whole, adapter, taught, heads, estimates)}
+WAYS = {way.__name__: way for way in (whole, adapter, taught, answered, heads, estimates)}
 
 
 def interrupt_after(model, calls):

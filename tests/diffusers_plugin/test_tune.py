@@ -78,6 +78,17 @@ def test_a_teacher_is_followed_with_all_its_blocks_and_stays_as_it_is(dit, data)
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
 
 
+def test_answers_are_asked_for_once_and_learned_again_and_again(dit, data):
+    teacher, asked = copy.deepcopy(dit).train(), []
+    teacher.register_forward_hook(lambda module, given, output: asked.append(len(output[0])))
+    common = {"steps": 40, "lr": 3e-3, "batch_size": 16, "ema": 0.0, "progress": False}
+    report = tune(dit, data, DDPMScheduler(), TimeSchedule((2,)), teacher=teacher, answers=24, **common)
+    assert sum(asked) == 24 and len(report.losses) == 40 and report.losses[-1] < 0.2 * report.losses[0]
+    for wrong in ({"answers": 24}, {"answers": 0, "teacher": teacher}):
+        with pytest.raises(BadArgument, match="answers=.* is how many noised rows the teacher answers"):
+            tune(dit, data, DDPMScheduler(), TimeSchedule((2,)), **wrong, **common)
+
+
 def test_who_cannot_teach_is_refused(dit, data, marks):
     before = marks(dit)
     for teacher, what in ((dit, "the model itself, which changes"), (torch.nn.Linear(2, 2), "a Linear")):

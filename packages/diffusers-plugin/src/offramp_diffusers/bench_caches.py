@@ -13,6 +13,7 @@ from rich.console import Console
 from offramp.cli import step
 from offramp.clock import interleaved, one_thread
 from offramp_diffusers import demo, digits
+from offramp_diffusers.demo_train import processes
 from offramp_diffusers.ways import SAME, SETTINGS, Trial, Way
 
 #: the solver's steps: caches live on steps that differ little, and are published at 28 to 50 of them
@@ -37,17 +38,18 @@ def run(console: Console, plan: demo.Plan | None = None, size: Size | None = Non
     from diffusers import DDIMScheduler
 
     plan, size = plan or demo.Plan(), size or Size()
-    study = demo.train(plan, console, alone=True)
-    full, early = study.ways
-    ways = [full, early]
-    for cache in SETTINGS:
-        ways += [Way(cache, full.model, None, cache), Way(f"early + {cache}", early.model, early.policy, cache)]
-    trial = study.trial(size.rows, size.steps, DDIMScheduler)
-    with step(console, "choose every cache's setting at equal quality"):
-        most = trial.run(full, CHOICE).frechet * (1 + SAME)
-        ways[2:] = [trial.fitted(way, most, CHOICE) for way in ways[2:]]
-    with step(console, f"sample {len(ways)} ways with {size.steps} steps of DDIM"):
-        judged = [trial.run(way, REPORT) for way in ways]
+    with processes() as pool:
+        study = demo.train(plan, console, pool, alone=True)
+        full, early = study.ways
+        ways = [full, early]
+        for cache in SETTINGS:
+            ways += [Way(cache, full.model, None, cache), Way(f"early + {cache}", early.model, early.policy, cache)]
+        trial = study.trial(size.rows, size.steps, DDIMScheduler, pool)
+        with step(console, "choose every cache's setting at equal quality"):
+            most = trial.run(full, CHOICE).frechet * (1 + SAME)
+            ways[2:] = [trial.fitted(way, most, CHOICE) for way in ways[2:]]
+        with step(console, f"sample {len(ways)} ways with {size.steps} steps of DDIM"):
+            judged = [trial.run(way, REPORT) for way in ways]
     with step(console, "time them in turns"):
         batch = digits.classes(min(size.rows, digits.BATCH))
         timed = interleaved({w.name: Timed(trial, w) for w in ways}, [batch] * size.rounds, warm=1)

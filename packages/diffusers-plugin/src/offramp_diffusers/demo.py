@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
-import offramp
-from offramp._plugins import adapt
 from offramp.cli import dump_json, step
 from offramp.clock import one_thread, origin
 from offramp.errors import BadArgument
 from offramp.memory import freed_memory_kept
 from offramp.policy import FULL
 from offramp_diffusers import digits
+from offramp_diffusers.demo_train import Trainer, processes
 from offramp_diffusers.fit_schedule import fit_schedule
 from offramp_diffusers.policies.time_schedule import TimeSchedule, two_stage
 from offramp_diffusers.policies.uncertainty import Uncertainty
-from offramp_diffusers.tune import errors, stops, tune
-from offramp_diffusers.tune_heads import tune_uncertainty
+from offramp_diffusers.tune import errors, stops
 from offramp_diffusers.ways import SAME, Trial, Way
 
 #: share of the blocks that the fitted schedule may run; never deeper for more noise: without that rule the same table
@@ -79,9 +77,9 @@ class Study:
     grids: dict[str, Tensor] = field(default_factory=dict)
     again: list[float] = field(default_factory=list)
 
-    def trial(self, rows: int, steps: int, solver: Callable[[], Any]) -> Trial:
-        """Return how ways are judged."""
-        return Trial(self.judge, self.real, rows, steps, solver)
+    def trial(self, rows: int, steps: int, solver: Callable[[], Any], pool: Executor) -> Trial:
+        """Return how ways are judged, by the processes of `pool`."""
+        return Trial(self.judge, self.real, rows, steps, solver, pool.map)
 
 
 @one_thread()
@@ -95,89 +93,73 @@ def run(folder: Path, quick: bool, console: Console, model: str = "dit", seed: i
     if model not in digits.MODELS:
         raise BadArgument(f"no model is called {model!r}; known: {', '.join(digits.MODELS)}")
     started, plan = time.perf_counter(), QUICK if quick else PLANS[model]
-    study = train(plan, console, model, seed)
-    with step(console, "choose the cache's settings at equal quality, and the gate's threshold at equal blocks"):
-        choose(study, plan)
-    with step(console, f"sample with {len(solvers())} solvers, {len(study.ways)} ways each"):
-        measure(study, plan)
+    with processes() as pool:
+        study = train(plan, console, pool, model, seed)
+        with step(console, "choose the cache's settings at equal quality, and the gate's threshold at equal blocks"):
+            choose(study, plan, pool)
+        with step(console, f"sample with {len(solvers())} solvers, {len(study.ways)} ways each"):
+            measure(study, plan, pool)
     body = body_of(study, plan, seed, time.perf_counter() - started)
     write_text(folder / "report.json", dump_json(body))
     write_text(folder / "report.html", html(body, study.grids))
     return body
 
 
-def train(plan: Plan, console: Console, name: str = "dit", seed: int = 0, alone: bool = False) -> Study:
-    """Train everything that is compared. All others go on from the full model, and learn its answers; alone: only the
-    full model and the one with the fitted schedule."""
+def train(
+    plan: Plan, console: Console, pool: Executor, name: str = "dit", seed: int = 0, alone: bool = False
+) -> Study:
+    """Train everything that is compared. All others go on from the full model, and learn its answers, each in a process
+    of `pool`; alone: only the full model and the one with the fitted schedule."""
     images, labels = digits.load()
+    show = console.is_terminal
     with step(console, "train a classifier to judge samples with"):
-        judge, accuracy = digits.train_judge(images, labels, plan.judge, console.is_terminal)
+        judge, accuracy = digits.train_judge(images, labels, plan.judge, show)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        trainer = _Trainer({"sample": images, "class_labels": labels}, plan, console, digits.MODELS[name](), seed)
-        model, depth = trainer.full, adapt(trainer.full).depth
-        with step(console, f"train a {name} of {depth} blocks on {len(images)} digits"):
-            trainer.tune(model, TimeSchedule((depth,)), plan.base, 0, lr=2e-3)
-        every = trainer.tuned(model, None, plan.measured, 1, "every depth a little, so that they can be compared")
-        with step(console, "measure every depth at every noise level, and solve for the schedule"):
-            table = errors(every, trainer.data, trainer.scheduler, progress=trainer.show)
-        fitted = fit_schedule(table, BUDGET, stops=stops(model), monotone=True)
-        early = trainer.tuned(model, fitted, plan.more, 2, f"the fitted schedule {list(fitted.depths)}")
-        ways = [Way("full", model), Way("early", early, fitted)]
-        ways += [] if alone else _others(trainer, every, table, ways, CACHES[name])
+        full = digits.MODELS[name]()
+    places = stops(full)
+    depth = max(places)
+    trainer = Trainer({"sample": images, "class_labels": labels}, full, seed)
+    with step(console, f"train a {name} of {depth} blocks on {len(images)} digits"):
+        trainer.tune(full, TimeSchedule((depth,)), plan.base, 0, show)
+    with step(console, "tune every depth a little, so that they can be compared"):
+        every = trainer.tuned(full, None, plan.measured, 1, show)
+    with step(console, "measure every depth at every noise level, and solve for the schedule"):
+        table = errors(every, trainer.data, trainer.scheduler, progress=show)
+    fitted = fit_schedule(table, BUDGET, stops=places, monotone=True)
+    first = pool.submit(trainer.tuned, full, fitted, plan.more, 2, show)
+    others = [] if alone else _others(trainer, plan, every, table, pool)
+    with step(console, f"tune for the fitted schedule {list(fitted.depths)}, and beside it {len(others)} others"):
+        early = first.result()
+        ways = [Way("full", full), Way("early", early, fitted)]
+        ways += [replace(way, model=job.result()) for way, job in others]
+    if not alone:
+        cache = CACHES[name]
+        ways += [
+            Way("early, untuned", full, fitted),
+            Way(cache, full, None, cache),
+            Way(f"early + {cache}", early, fitted, cache),
+        ]
     with torch.no_grad():
         return Study(name, judge, accuracy, ways, table, judge.features(images))
 
 
-def _others(trainer: _Trainer, every: Any, table: Tensor, ways: list[Way], cache: str) -> list[Way]:
-    """Return what the full model and the fitted schedule, `ways`, are compared with."""
-    full, early = ways
-    model, plan, places = full.model, trainer.plan, stops(full.model)
+def _others(trainer: Trainer, plan: Plan, every: Any, table: Tensor, pool: Executor) -> list[tuple[Way, Any]]:
+    """Return what is tuned to compare the fitted schedule with: ways, and what their models will come from."""
+    full, places = trainer.full, stops(trainer.full)
     depth = max(places)
     shallow = min(places, key=lambda d: abs(places[d] - DUO * depth))
     fixed = two_stage(shallow, depth)
     deep = fixed.cuts[0] / FULL
     bold = fit_schedule(table, deep + (1 - deep) * places[shallow] / depth, stops=places, monotone=True)
-    other = trainer.tuned(model, fixed, plan.others, 2, f"the published two-stage schedule {list(fixed.depths)}")
-    bolder = trainer.tuned(model, bold, plan.others, 2, f"the fitted schedule of as many blocks {list(bold.depths)}")
-    gated = trainer.tuned(every, None, plan.others - plan.measured, 3, "every depth, for the gate")
-    offramp.attach(gated, at=[d for d in places if d < depth], head="uncertainty")
-    with step(trainer.console, "train the gate: estimates of every exit's error"):
-        common: dict[str, Any] = {"steps": plan.heads, "lr": 1e-2, "progress": trainer.show}
-        tune_uncertainty(gated, trainer.data, trainer.scheduler, **common)
     return [
-        Way("two_stage", other, fixed),
-        Way("early, bolder", bolder, bold),
-        Way("early, untuned", full.model, early.policy),
-        Way("uncertainty", gated, Uncertainty(0.5)),
-        Way(cache, full.model, None, cache),
-        Way(f"early + {cache}", early.model, early.policy, cache),
+        (Way("two_stage", full, fixed), pool.submit(trainer.tuned, full, fixed, plan.others, 2)),
+        (Way("early, bolder", full, bold), pool.submit(trainer.tuned, full, bold, plan.others, 2)),
+        (
+            Way("uncertainty", full, Uncertainty(0.5)),
+            pool.submit(trainer.gated, every, plan.others - plan.measured, plan.heads),
+        ),
     ]
-
-
-class _Trainer:
-    """What all trainings share: data, the noise that is added, the full model that the others learn from, the terminal.
-    """
-
-    def __init__(self, data: dict[str, Tensor], plan: Plan, console: Console, full: nn.Module, seed: int) -> None:
-        from diffusers import DDPMScheduler
-
-        self.data, self.scheduler, self.plan, self.full, self.seed = data, DDPMScheduler(), plan, full, seed
-        self.console, self.show = console, console.is_terminal
-
-    def tune(
-        self, model: nn.Module, schedule: TimeSchedule | None, steps: int, seed: int, lr: float, teacher: Any = None
-    ) -> None:
-        """Train the model itself."""
-        common: dict[str, Any] = {"batch_size": 48, "ema": 0.99, "progress": self.show, "teacher": teacher}
-        tune(model, self.data, self.scheduler, schedule, steps=steps, lr=lr, seed=10 * self.seed + seed, **common)
-
-    def tuned(self, model: nn.Module, schedule: TimeSchedule | None, steps: int, seed: int, what: str) -> nn.Module:
-        """Return a copy that learned the full model's answers for so many steps."""
-        copied = copy.deepcopy(model)
-        with step(self.console, f"tune for {what}"):
-            self.tune(copied, schedule, steps, seed, lr=2e-3, teacher=self.full)
-        return copied
 
 
 def solvers() -> dict[str, Callable[[], Any]]:
@@ -191,17 +173,16 @@ def solvers() -> dict[str, Callable[[], Any]]:
     }
 
 
-def choose(study: Study, plan: Plan) -> None:
+def choose(study: Study, plan: Plan, pool: Executor) -> None:
     """Give each cache the boldest setting that is as good as the full model, and the gate the threshold that runs as
     many blocks as the schedule, on noise that is not used again."""
-    trial = study.trial(plan.choice, plan.solver, next(iter(solvers().values())))
+    trial = study.trial(plan.choice, plan.solver, next(iter(solvers().values())), pool)
     full, early = (trial.run(way, CHOICE) for way in study.ways[:2])
     for i, way in enumerate(study.ways):
         if way.cache is not None:
             study.ways[i] = trial.fitted(way, full.frechet * (1 + SAME), CHOICE)
         if way.name == "uncertainty":
-            small = replace(trial, rows=min(plan.choice, digits.BATCH))
-            study.ways[i] = _as_bold(small, way, early.saved)
+            study.ways[i] = _as_bold(trial, way, early.saved)
 
 
 def _as_bold(trial: Trial, way: Way, saved: float) -> Way:
@@ -214,11 +195,11 @@ def _as_bold(trial: Trial, way: Way, saved: float) -> Way:
     return replace(way, policy=Uncertainty(high))
 
 
-def measure(study: Study, plan: Plan) -> None:
+def measure(study: Study, plan: Plan, pool: Executor) -> None:
     """Sample every way with every solver, each solver from noise of its own, the ways of one solver from the same; then
     the full model again with other seeds, to see what chance does."""
     for seed, (name, solver) in enumerate(solvers().items()):
-        trial = study.trial(plan.rows, plan.solver, solver)
+        trial = study.trial(plan.rows, plan.solver, solver, pool)
         for way in study.ways:
             found = trial.run(way, seed)
             study.rows.append(
@@ -229,7 +210,7 @@ def measure(study: Study, plan: Plan) -> None:
             )  # fmt: skip
             if seed == 0:
                 study.grids[way.name] = found.images[:30]
-    trial = study.trial(plan.rows, plan.solver, next(iter(solvers().values())))
+    trial = study.trial(plan.rows, plan.solver, next(iter(solvers().values())), pool)
     study.again = [trial.run(study.ways[0], seed).frechet for seed in OTHERS]
 
 

@@ -15,6 +15,9 @@ from offramp_diffusers.facts import full_of, model_facts, parameters
 #: what models learn to say: of the noise, of the image, or of the way from one to the other
 KINDS = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
+#: arguments of the model, what it should say, and noise levels [rows]
+Noised = tuple[dict[str, Any], Tensor, Tensor]
+
 
 def kind_of(scheduler: Any) -> str:
     """Return what a model says under this scheduler, one of `KINDS`; raises `BadArgument` for another, or for noise
@@ -38,7 +41,7 @@ def noised(
     between: tuple[float, float],
     generator: torch.Generator,
     model: Any,
-) -> tuple[dict[str, Any], Tensor, Tensor]:
+) -> Noised:
     """Return (arguments of the model, what it should say, noise levels [rows]) for some rows of clean data.
 
     between: the noise levels (from, to), 0 to 1000, that are drawn from evenly. Whatever the solver, the model is shown

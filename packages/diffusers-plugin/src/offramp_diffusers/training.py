@@ -20,7 +20,7 @@ from offramp.enable import enable
 from offramp.errors import BadArgument, DamagedFile
 from offramp.policy import ExitPolicy
 from offramp.record import evaluating, track
-from offramp_diffusers.noising import noised
+from offramp_diffusers.noising import Noised, noised
 
 FORMAT = 1
 #: of a checkpoint: what it is of and how far it got, written last; and what accelerate does not keep
@@ -78,7 +78,8 @@ class How:
 @dataclass(frozen=True)
 class Task:
     """What one step does. draw(step, generator): (policy it runs under, noise levels it draws from); loss(arguments of
-    the model, what it should say, noise levels [rows], policy): a scalar; train: whether the model is in train mode.
+    the model, what it should say, noise levels [rows], policy): a scalar; train: whether the model is in train mode;
+    pool: arguments, what to say and levels that steps draw from instead of `data`, None for new noise at every step.
     """
 
     model: Any
@@ -87,6 +88,7 @@ class Task:
     draw: Callable[[int, torch.Generator], tuple[ExitPolicy, tuple[float, float]]]
     loss: Callable[[dict[str, Any], Tensor, Tensor, ExitPolicy], Tensor]
     train: bool = False
+    pool: Noised | None = None
 
 
 class Step(nn.Module):
@@ -199,10 +201,14 @@ def train(
 
 def _share(
     task: Task, level: tuple[float, float], batch_size: int, generator: torch.Generator, accelerator: Any
-) -> tuple[dict[str, Any], Tensor, Tensor]:
+) -> Noised:
     """Return this process's rows of one batch, where the model is."""
-    rows = torch.randint(len(task.data["sample"]), (batch_size,), generator=generator)
-    given, wanted, levels = noised(task.data, rows, task.scheduler, level, generator, task.model)
+    if task.pool is None:
+        rows = torch.randint(len(task.data["sample"]), (batch_size,), generator=generator)
+        given, wanted, levels = noised(task.data, rows, task.scheduler, level, generator, task.model)
+    else:
+        rows = torch.randint(len(task.pool[2]), (batch_size,), generator=generator)
+        given, wanted, levels = {k: v[rows] for k, v in task.pool[0].items()}, task.pool[1][rows], task.pool[2][rows]
     mine = slice(accelerator.process_index, None, accelerator.num_processes)
     device = next(task.model.parameters()).device
     return {k: v[mine].to(device) for k, v in given.items()}, wanted[mine].to(device), levels[mine].to(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from offramp.policy import FULL
 from offramp.record import digest, evaluating, track
 from offramp_diffusers.backbones.unet import UNetBackbone
 from offramp_diffusers.facts import parameters
-from offramp_diffusers.noising import kind_of, noised, predict
+from offramp_diffusers.noising import Noised, kind_of, noised, predict
 from offramp_diffusers.policies.time_schedule import TimeSchedule
 from offramp_diffusers.training import How, Task, TuneReport, start, train, training
 
@@ -38,6 +39,7 @@ def tune(
     schedule: TimeSchedule | None = None,
     *,
     teacher: Any = None,
+    answers: int | None = None,
     loss: str | Loss = "ase",
     steps: int = 500,
     lr: float = 1e-5,
@@ -57,7 +59,9 @@ def tune(
     of diffusers, which says how noise is added and what is predicted; schedule: None trains every depth, drawn evenly,
     which is what measuring with `errors` and `fit_schedule` need; teacher: a copy of the model from before, whose
     answers with all blocks are learned instead of the noise that was drawn (output distillation): they vary less than
-    it, so that far fewer steps do, and what comes out is as good as the teacher and no better; lr: the highest rate,
+    it, so that far fewer steps do, and what comes out is as good as the teacher and no better; answers: how many noised
+    rows the teacher answers before the first step, which all steps then draw from, None for new ones at every step:
+    its answers take a third of the time; lr: the highest rate,
     which falls to nothing by the last step; batch_size: rows per step, of all processes together (`accelerate launch`);
     ema: decay of the average of the weights that the model ends with, 0 for none; lora: rank, to train only a PEFT
     adapter on the attention projections, which a second training goes on with; folder: where a checkpoint is written
@@ -68,29 +72,33 @@ def tune(
     model = part(model)
     objective = objective_of(loss, options, "at", "level", "ase")
     _check(model, data, scheduler, schedule)
-    teacher = _check_teacher(model, teacher)
+    teacher = _check_teacher(model, teacher, answers)
     how = How(steps, lr, batch_size, ema, seed, progress, folder, every, resume)
     _check_lora(model, lora)
     settings = {"loss": repr(objective), "schedule": repr(schedule), "lora": lora, "model": adapt(model).fingerprint()}
-    settings["teacher"] = None if teacher is None else digest("teacher", teacher)
+    settings["teacher"], settings["answers"] = None if teacher is None else digest("teacher", teacher), answers
     accelerator = start(how, settings)
 
     def value(given: dict[str, Any], wanted: Tensor, levels: Tensor, policy: Any) -> Tensor:
-        if teacher is not None:
+        if teacher is not None and answers is None:
             with torch.no_grad():
                 wanted = predict(teacher, given, wanted)
         return objective.at(predict(model, given, wanted), wanted, levels)  # type: ignore[no-any-return]
 
     depths = list(stops(model))
-    task = Task(model, data, scheduler, lambda _, generator: _draw(schedule, depths, generator), value, train=True)
     with training(model), _whole(teacher, accelerator):
+        pool = None if answers is None else _answered(teacher, data, scheduler, answers, how)
+        draw = partial(_draw, schedule, depths)
+        task = Task(model, data, scheduler, draw, value, train=True, pool=pool)
         _add_lora(model, lora)
         weights = [p for p in model.parameters() if p.requires_grad]
         return train(task, weights, "tune", how, accelerator, settings)
 
 
-def _check_teacher(model: nn.Module, teacher: Any) -> Any:
+def _check_teacher(model: nn.Module, teacher: Any, answers: int | None) -> Any:
     """Return the denoiser to learn from, None for none; raises `BadArgument` for one that cannot teach this model."""
+    if answers is not None and (teacher is None or isinstance(answers, bool) or answers < 1):
+        raise BadArgument(f"answers={answers!r} is how many noised rows the teacher answers: at least 1, with teacher=")
     teacher = None if teacher is None else part(teacher)
     if teacher is not None and (teacher is model or type(teacher) is not type(model)):
         what = "the model itself, which changes" if teacher is model else f"a {type(teacher).__name__}"
@@ -178,7 +186,24 @@ def stops(model: Any) -> dict[int, int]:
     return backbone.stops()  # type: ignore[no-any-return]
 
 
-def _draw(schedule: TimeSchedule | None, depths: Sequence[int], generator: torch.Generator) -> tuple[Any, Any]:
+@torch.no_grad()
+def _answered(teacher: nn.Module, data: Mapping[str, Tensor], scheduler: Any, count: int, how: How) -> Noised:
+    """Return `count` noised rows of all levels, and what the teacher says of them."""
+    generator = torch.Generator().manual_seed(how.seed)
+    device = next(teacher.parameters()).device
+    parts = []
+    for some in track(torch.arange(count).split(how.batch_size), "ask the teacher", how.progress):
+        rows = torch.randint(len(data["sample"]), some.shape, generator=generator)
+        given, wanted, levels = noised(data, rows, scheduler, (0.0, FULL), generator, teacher)
+        said = predict(teacher, {k: v.to(device) for k, v in given.items()}, wanted)
+        parts.append((given, said.cpu(), levels))
+    given = {k: torch.cat([part[0][k] for part in parts]) for k in parts[0][0]}
+    return given, torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts])
+
+
+def _draw(
+    schedule: TimeSchedule | None, depths: Sequence[int], step: int, generator: torch.Generator
+) -> tuple[Any, Any]:
     """Return (the policy of one step, the noise levels it draws from): all of them, so that no step pulls at one bin.
     """
     if schedule is None:

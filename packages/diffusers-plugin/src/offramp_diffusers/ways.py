@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,28 +73,24 @@ class Judged:
 @dataclass(frozen=True)
 class Trial:
     """How ways are judged: by whom, against which features of real images, with how many samples of how many steps of
-    which solver."""
+    which solver; over: `map`, or that of a pool of processes, for the batches."""
 
     judge: digits.Judge
     real: Tensor
     rows: int
     steps: int
     solver: Callable[[], Any]
+    over: Callable[..., Iterable[Any]] = map
 
     def run(self, way: Way, seed: int) -> Judged:
         """Sample and judge; the same seed gives every way the same noise. A cache starts anew with every batch."""
-        counter, made, seconds = Blocks(way.model), [], 0.0
         wanted = digits.classes(self.rows).split(digits.BATCH)
-        for i, some in enumerate(wanted):
-            with way.on(), counter:
-                started = time.perf_counter()
-                for x in digits.steps(way.model, self.solver(), self.steps, some, seed * 10_000 + i):
-                    last = x
-                seconds += time.perf_counter() - started
-            made.append(last.clamp(-1, 1))
+        plain = replace(self, over=map)  # that of a pool cannot go to its processes
+        jobs = [(plain, way, some, seed * 10_000 + i) for i, some in enumerate(wanted)]
+        made, ran, full, seconds = zip(*self.over(_batch, jobs), strict=True)
         images = torch.cat(made)
         distance, accuracy = digits.quality(self.judge, images, torch.cat(wanted), self.real)
-        return Judged(distance, accuracy, 1 - counter.ran / counter.full, seconds, images)
+        return Judged(distance, accuracy, 1 - sum(ran) / sum(full), sum(seconds), images)
 
     def fitted(self, way: Way, most: float, seed: int) -> Way:
         """Return the way with the boldest setting of its cache whose distance is at most `most`, None where none is:
@@ -122,6 +118,18 @@ class Trial:
                 found.append(1.0 if last is None else float((size / last).mean()))
                 last = size
         return tuple(found)
+
+
+def _batch(job: tuple[Trial, Way, Tensor, int]) -> tuple[Tensor, int, int, float]:
+    """Return (images of the classes asked for, rows times blocks that ran, that a full model runs, seconds)."""
+    trial, way, wanted, seed = job
+    counter = Blocks(way.model)
+    with way.on(), counter:
+        started = time.perf_counter()
+        for x in digits.steps(way.model, trial.solver(), trial.steps, wanted, seed):
+            last = x
+        seconds = time.perf_counter() - started
+    return last.clamp(-1, 1), counter.ran, counter.full, seconds
 
 
 class Blocks(AbstractContextManager[Any]):

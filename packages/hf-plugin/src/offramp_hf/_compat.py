@@ -37,6 +37,11 @@ _WHOLE_BATCH = {
     "EncoderNoRepeatNGramLogitsProcessor": "encoder_no_repeat_ngram_size",
     "EncoderRepetitionPenaltyLogitsProcessor": "encoder_repetition_penalty",
 }
+#: logits processors that answer each row from its scores alone, whatever its tokens are
+_ALONE = {
+    "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper",
+    "EpsilonLogitsWarper", "EtaLogitsWarper", "SuppressTokensLogitsProcessor", "LogitNormalization",
+}  # fmt: skip
 
 
 def named_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
@@ -153,6 +158,12 @@ def processors_of_row(processors: Any, row: int) -> Any:
             made[i] = copy.copy(one)
             made[i].prompt_ignore_length = known[row : row + 1]
     return made
+
+
+def reads_scores_alone(processor: Any) -> bool:
+    """Return whether this is a logits processor of the framework that does not look at the tokens."""
+    kind = type(processor)
+    return kind.__name__ in _ALONE and kind.__module__ == "transformers.generation.logits_process"
 
 
 def in_turn(processors: Any) -> Callable[[Tensor, Tensor], Tensor]:

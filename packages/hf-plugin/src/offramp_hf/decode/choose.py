@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from offramp.errors import BadArgument
-from offramp_hf._compat import in_turn, processors_of_row
+from offramp_hf._compat import in_turn, processors_of_row, reads_scores_alone
 
 
 class Chooser:
@@ -20,6 +20,8 @@ class Chooser:
     def __init__(self, processors: Any, sample: bool) -> None:
         self.processors, self.sample = processors, sample
         self.plain = not len(processors)
+        #: whether all of them are the framework's and look at no token, so that all drafts can be processed at once
+        self.blind = all(map(reads_scores_alone, processors))
         self.of_row: dict[int | None, Any] = {None: in_turn(processors)}
 
     def scores(self, prefix: Tensor, logits: Tensor, row: int | None = None) -> Tensor:
@@ -27,6 +29,8 @@ class Chooser:
         batch that this is, None for the whole batch."""
         if self.plain:
             return logits.float()
+        if self.blind:
+            return self.of_row[None](prefix, logits.float())  # type: ignore[no-any-return]
         with torch.inference_mode(False), torch.no_grad():  # user code gets ordinary tensors
             if row is not None and row not in self.of_row:
                 self.of_row[row] = in_turn(processors_of_row(self.processors, row))
@@ -57,31 +61,36 @@ class Chooser:
         """
         tokens: list[int] = []
         kept: list[Tensor] = []
-        for i in range(len(drafts) + 1):
-            scores = self.scores(prefix, logits[i : i + 1], row)
-            kept.append(scores)
-            if i == len(drafts):
-                tokens.append(int(self.pick(scores)))
-                break
-            token, same = self._one(scores, drafts[i], guesses[i] if self.sample else None)
-            tokens.append(token)
-            if not same:
-                break
-            if not self.plain:
-                prefix = torch.cat([prefix, prefix.new_tensor([[token]])], 1)
-        return tokens, kept
+        while True:
+            at = len(tokens)
+            some = slice(at, None) if self.blind else slice(at, at + 1)
+            scores = self.scores(prefix, logits[some], row)
+            made, ended = self._accept(scores, drafts[some], guesses[some])
+            tokens += made
+            kept += scores.unbind()[: len(made)]
+            if ended or len(tokens) > len(drafts):
+                return tokens, kept
+            prefix = torch.cat([prefix, prefix.new_tensor([made])], 1)
 
-    def _one(self, scores: Tensor, draft: int, guess: Tensor | None) -> tuple[int, bool]:
-        if guess is None:
-            token = int(scores.argmax(-1))
-            return token, token == draft
-        p, q = scores.softmax(-1)[0], guess.softmax(-1)[0]
-        if float(torch.rand((), device=p.device)) * float(q[draft]) < float(p[draft]):
-            return draft, True
-        rest = (p - q).clamp(min=0)
-        # p == q up to rounding leaves nothing: any draw from p has the right distribution then
-        rest = rest if float(rest.sum()) > 0 else p
-        return int(draw(rest[None])), False
+    def _accept(self, scores: Tensor, drafts: list[int], guesses: list[Tensor]) -> tuple[list[int], bool]:
+        """Return (the tokens of these places, whether the last one replaces a draft). scores: [places, classes], of as
+        many drafts or one place more."""
+        count = len(drafts)
+        if not self.sample:
+            best = scores.argmax(-1).tolist()
+            same = next((i for i in range(count) if best[i] != drafts[i]), count)
+            return best[: same + 1], same < count
+        p = scores.softmax(-1)
+        if count:
+            q, chosen = torch.cat(guesses).softmax(-1), torch.tensor(drafts, device=p.device)[:, None]
+            ratio = torch.rand_like(p[:count, :1]) * q.gather(1, chosen) < p[:count].gather(1, chosen)
+            same = next((i for i, [kept] in enumerate(ratio.tolist()) if not kept), count)
+            if same < count:
+                rest = (p[same] - q[same]).clamp(min=0)
+                # p == q up to rounding leaves nothing: any draw from p has the right distribution then
+                rest = rest if float(rest.sum()) > 0 else p[same]
+                return [*drafts[:same], int(draw(rest[None]))], True
+        return [*drafts, *draw(p[count:]).tolist()], False
 
 
 def draw(weights: Tensor) -> Tensor:
@@ -90,7 +99,7 @@ def draw(weights: Tensor) -> Tensor:
     One random number per row: `torch.multinomial` draws one per class, 99 microseconds for 4,096 of them on a CPU, and
     this takes 12. Raises `RuntimeError` for weights that sum to nothing or are no numbers.
     """
-    below = weights.double().cumsum(-1)
+    below = weights.cumsum(-1, dtype=torch.float64)
     total = below[:, -1:]
     torch._assert_async((total > 0).all(), "probabilities are no numbers, or all of them are 0")
     return torch.searchsorted(below, torch.rand_like(total) * total, right=True).squeeze(1)
