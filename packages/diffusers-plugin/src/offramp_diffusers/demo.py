@@ -40,7 +40,7 @@ CHOICE, OTHERS = 1000, (2000, 2001)
 class Plan:
     """How long each part takes. base, more, others, measured, heads, judge: training steps (of the full model, the one
     with the fitted schedule, those it is compared with, ...); rows: samples per way; choice: rows that settings are
-    chosen on; solver: its steps."""
+    chosen on; solver: its steps; answers: what `tune` asks the full model for, None for new noise at every step."""
 
     base: int = 2000
     more: int = 600
@@ -51,11 +51,12 @@ class Plan:
     choice: int = 500
     solver: int = 20
     judge: int = 600
+    answers: int | None = None
 
 
 #: the U-ViT takes twice as long for a step, and learns more slowly to do without its middle: 600 steps leave it 14 %
 #: from the full model
-PLANS = {"dit": Plan(), "uvit": Plan(base=1000, more=2500, rows=1000)}
+PLANS = {"dit": Plan(), "uvit": Plan(base=1000, more=2500, rows=1000, answers=24_000)}
 #: the cache that is shown: diffusers' own do not know the blocks of the U-ViT
 CACHES = {"dit": "first_block_cache", "uvit": "deep_cache"}
 QUICK = Plan(8, 6, 6, 3, 2, 40, 20, 3, 5)
@@ -119,7 +120,7 @@ def train(
         full = digits.MODELS[name]()
     places = stops(full)
     depth = max(places)
-    trainer = Trainer({"sample": images, "class_labels": labels}, full, seed)
+    trainer = Trainer({"sample": images, "class_labels": labels}, full, seed, plan.answers)
     with step(console, f"train a {name} of {depth} blocks on {len(images)} digits"):
         trainer.tune(full, TimeSchedule((depth,)), plan.base, 0, show)
     with step(console, "tune every depth a little, so that they can be compared"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -47,11 +48,13 @@ def _ready() -> None:
 
 @dataclass(frozen=True)
 class Trainer:
-    """What all trainings share: the data, the full model that the others learn from, and the seed."""
+    """What all trainings share: the data, the full model that the others learn from, the seed, and how many answers of
+    the full model a long one learns again and again, None for new ones at every step."""
 
     data: dict[str, Tensor]
     full: nn.Module
     seed: int
+    answers: int | None = None
 
     @property
     def scheduler(self) -> Any:
@@ -65,6 +68,8 @@ class Trainer:
     ) -> None:
         """Train the model itself; number: of the training, for its seed."""
         common: dict[str, Any] = {"batch_size": 48, "ema": 0.99, "lr": 2e-3, "progress": show, "teacher": teacher}
+        if teacher is not None and steps * common["batch_size"] > (self.answers or math.inf):
+            common["answers"] = self.answers
         seed = 10 * self.seed + number
         with torch.random.fork_rng():  # a DiT forgets one class in ten, by chance
             torch.manual_seed(seed)
