@@ -88,8 +88,7 @@ def tune(
     depths = list(stops(model))
     with training(model), _whole(teacher, accelerator):
         pool = None if answers is None else _answered(teacher, data, scheduler, answers, how)
-        draw = partial(_draw, schedule, depths)
-        task = Task(model, data, scheduler, draw, value, train=True, pool=pool)
+        task = Task(model, data, scheduler, partial(_draw, schedule, depths), value, train=True, pool=pool)
         _add_lora(model, lora)
         weights = [p for p in model.parameters() if p.requires_grad]
         return train(task, weights, "tune", how, accelerator, settings)
