@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -68,7 +67,7 @@ class Trainer:
     ) -> None:
         """Train the model itself; number: of the training, for its seed."""
         common: dict[str, Any] = {"batch_size": 48, "ema": 0.99, "lr": 2e-3, "progress": show, "teacher": teacher}
-        if teacher is not None and steps * common["batch_size"] > (self.answers or math.inf):
+        if teacher is not None and self.answers is not None and self.answers < steps * common["batch_size"]:
             common["answers"] = self.answers
         seed = 10 * self.seed + number
         with torch.random.fork_rng():  # a DiT forgets one class in ten, by chance

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,9 +86,9 @@ class Trial:
     def run(self, way: Way, seed: int) -> Judged:
         """Sample and judge; the same seed gives every way the same noise. A cache starts anew with every batch."""
         wanted = digits.classes(self.rows).split(digits.BATCH)
-        plain = replace(self, over=map)  # that of a pool cannot go to its processes
-        jobs = [(plain, way, some, seed * 10_000 + i) for i, some in enumerate(wanted)]
-        made, ran, full, seconds = zip(*self.over(_batch, jobs), strict=True)
+        one = partial(_batch, way, self.solver, self.steps)
+        seeds = [seed * 10_000 + i for i in range(len(wanted))]
+        made, ran, full, seconds = zip(*self.over(one, wanted, seeds), strict=True)
         images = torch.cat(made)
         distance, accuracy = digits.quality(self.judge, images, torch.cat(wanted), self.real)
         return Judged(distance, accuracy, 1 - sum(ran) / sum(full), sum(seconds), images)
@@ -120,13 +121,15 @@ class Trial:
         return tuple(found)
 
 
-def _batch(job: tuple[Trial, Way, Tensor, int]) -> tuple[Tensor, int, int, float]:
-    """Return (images of the classes asked for, rows times blocks that ran, that a full model runs, seconds)."""
-    trial, way, wanted, seed = job
+def _batch(
+    way: Way, solver: Callable[[], Any], steps: int, wanted: Tensor, seed: int
+) -> tuple[Tensor, int, int, float]:
+    """Return (images of the classes asked for [rows, 1, 8, 8], rows times blocks that ran, and that a full model runs,
+    seconds)."""
     counter = Blocks(way.model)
     with way.on(), counter:
         started = time.perf_counter()
-        for x in digits.steps(way.model, trial.solver(), trial.steps, wanted, seed):
+        for x in digits.steps(way.model, solver(), steps, wanted, seed):
             last = x
         seconds = time.perf_counter() - started
     return last.clamp(-1, 1), counter.ran, counter.full, seconds

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 #: largest error that counts as rounding, as a share of the largest logit: 1e-6 measured in float32; in half precision
 #: the mean counts, for there a router may choose another expert
 ROUNDING, MEAN_LOW = 1e-3, 2e-2
+LOW = (torch.float16, torch.bfloat16)
 
 
 def check_windows(decoder: Decoder, probe: Callable[[Any], tuple[Any, Tensor, Tensor]] | None = None) -> None:
@@ -41,14 +42,28 @@ def check_windows(decoder: Decoder, probe: Callable[[Any], tuple[Any, Tensor, Te
             f"{what}: blocks {empty} do not store keys and values of their own for every token (shared with other "
             f"blocks, or a state of another kind), so they cannot run later than the others"
         )
-    size = wanted.float().abs().nan_to_num().max().clamp(min=1e-6)
-    off = (found - wanted).float().abs().nan_to_num() / size
-    low = wanted.dtype in (torch.float16, torch.bfloat16)
-    if not (off.mean() < MEAN_LOW if low else off.max() < ROUNDING):
+    off = _off(found, wanted)
+    if not _small(off, wanted.dtype):
         raise UnsupportedModel(
             f"{what}: its blocks, run in windows over a cache, do not give the model's own logits "
             f"(off by {off.max():.2g} of the largest); what passes between its blocks is not understood"
         )
+
+
+def _off(found: Tensor, wanted: Tensor) -> Tensor:
+    """Return how far logits are off, in parts of the largest one wanted."""
+    return (found - wanted).float().abs().nan_to_num() / wanted.float().abs().nan_to_num().max().clamp(min=1e-6)
+
+
+def _small(off: Tensor, dtype: torch.dtype) -> bool:
+    """Whether that is rounding of this type: in all places, of 16 bits on the average."""
+    return bool(off.mean() < MEAN_LOW if dtype in LOW else off.max() < ROUNDING)
+
+
+def _close(found: Tensor, wanted: Tensor) -> bool:
+    """Whether logits agree in every place, also in 16 bits: what decides how blocks are called, not whether."""
+    low = wanted.dtype in LOW
+    return bool(torch.allclose(found, wanted, rtol=5e-2 if low else 1e-3, atol=5e-2 if low else 1e-4))
 
 
 def windowed(decoder: Decoder, make: Callable[[Any], Any] | None = None) -> tuple[Any, Tensor, Tensor]:
@@ -82,8 +97,7 @@ def rows_are_exact(decoder: Decoder) -> bool:
         _, found, wanted = windowed(decoder, lambda cache: DirectRows(decoder, cache))
     except (Unfit, LookupError, RuntimeError, TypeError):
         return False
-    low = wanted.dtype in (torch.float16, torch.bfloat16)
-    return bool(torch.allclose(found, wanted, rtol=5e-2 if low else 1e-3, atol=5e-2 if low else 1e-4))
+    return _close(found, wanted)
 
 
 def direct_is_exact(decoder: Decoder) -> bool:
@@ -110,8 +124,7 @@ def direct_is_exact(decoder: Decoder) -> bool:
             logits = decoder.context().readout(torch.cat(parts, 1))
     except (Unfit, LookupError, RuntimeError, TypeError):
         return False
-    low = full.dtype in (torch.float16, torch.bfloat16)
-    return bool(torch.allclose(logits, full, rtol=5e-2 if low else 1e-3, atol=5e-2 if low else 1e-4))
+    return _close(logits, full)
 
 
 def trees_are_exact(decoder: Decoder) -> bool:
@@ -138,10 +151,7 @@ def trees_are_exact(decoder: Decoder) -> bool:
                 nodes = [i + 4 for i in tree.seen[row, node].nonzero().squeeze(-1).tolist()]
                 alone = torch.cat([ids[row : row + 1, int(row == 0) : 4], ids[row : row + 1, nodes]], 1)
                 full = decoder.model(input_ids=alone, use_cache=False).logits[0, -1]
-                off = (found[row, node] - full).float().abs().nan_to_num()
-                size = full.float().abs().nan_to_num().max().clamp(min=1e-6)
-                low = full.dtype in (torch.float16, torch.bfloat16)
-                if not (off.mean() < MEAN_LOW * size if low else off.max() < ROUNDING * size):
+                if not _small(_off(found[row, node], full), full.dtype):
                     return False
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return False

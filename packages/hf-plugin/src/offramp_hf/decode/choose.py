@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -78,19 +79,24 @@ class Chooser:
         count = len(drafts)
         if not self.sample:
             best = scores.argmax(-1).tolist()
-            same = next((i for i in range(count) if best[i] != drafts[i]), count)
+            same = agreed(drafts, best)
             return best[: same + 1], same < count
         p = scores.softmax(-1)
         if count:
             q, chosen = torch.cat(guesses).softmax(-1), torch.tensor(drafts, device=p.device)[:, None]
-            ratio = torch.rand_like(p[:count, :1]) * q.gather(1, chosen) < p[:count].gather(1, chosen)
-            same = next((i for i, [kept] in enumerate(ratio.tolist()) if not kept), count)
+            keep = torch.rand_like(p[:count, :1]) * q.gather(1, chosen) < p[:count].gather(1, chosen)
+            same = agreed([True] * count, keep.flatten().tolist())
             if same < count:
                 rest = (p[same] - q[same]).clamp(min=0)
                 # p == q up to rounding leaves nothing: any draw from p has the right distribution then
                 rest = rest if float(rest.sum()) > 0 else p[same]
                 return [*drafts[:same], int(draw(rest[None]))], True
         return [*drafts, *draw(p[count:]).tolist()], False
+
+
+def agreed(drafts: Sequence[int], found: Sequence[int]) -> int:
+    """Return how many drafts come before the first one that is not what was found in its place."""
+    return next((i for i, draft in enumerate(drafts) if draft != found[i]), len(drafts))
 
 
 def draw(weights: Tensor) -> Tensor:

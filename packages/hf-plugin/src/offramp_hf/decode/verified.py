@@ -14,6 +14,7 @@ from offramp.enable import Run
 from offramp.engine import decide
 from offramp.policy import Evidence
 from offramp_hf.decode.branching import Branching
+from offramp_hf.decode.choose import agreed
 from offramp_hf.decode.clock import WIDER, Clock
 from offramp_hf.decode.driver import Driver
 from offramp_hf.decode.shadows import shadow_rows
@@ -204,8 +205,7 @@ class Verified(Driver):
         found: dict[int, tuple[list[int], list[Tensor] | None]] = {}
         for row in live:
             if best is not None:
-                same = next((i for i in range(count) if made[row][i] != best[row][i]), count)
-                found[row] = best[row][: same + 1], None
+                found[row] = best[row][: agreed(made[row], best[row]) + 1], None
             else:
                 mine = [g[row : row + 1] for g in guesses]
                 found[row] = self.chooser.judge(rows.prefix(row), made[row], logits[row], mine, row)
