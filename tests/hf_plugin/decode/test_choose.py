@@ -128,6 +128,16 @@ def test_sampled_acceptance_is_the_quotient():
         torch.testing.assert_close(counts.float(), rest, rtol=0, atol=0.06)
 
 
+def test_a_certain_draft_is_kept_as_often_as_the_full_model_says_it():
+    p, n = torch.tensor([0.5, 0.3, 0.2, 0.0]), 2000
+    logits = p.log()[None].repeat(3, 1)
+    for draft in range(4):
+        found = [chooser(True).judge(torch.tensor([[0]]), [draft, 0], logits, None)[0] for _ in range(n)]
+        assert all((len(tokens) > 1) == (tokens[0] == draft) for tokens in found)
+        counts = torch.bincount(torch.tensor([tokens[0] for tokens in found]), minlength=4) / n
+        torch.testing.assert_close(counts, p, rtol=0, atol=0.06)
+
+
 def test_equal_distributions_always_keep():
     same = torch.randn(1, 50)
     for _ in range(50):

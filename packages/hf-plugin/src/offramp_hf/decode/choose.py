@@ -51,14 +51,14 @@ class Chooser:
         return draw(scores.softmax(-1))
 
     def judge(
-        self, prefix: Tensor, drafts: list[int], logits: Tensor, guesses: list[Tensor], row: int | None = None
+        self, prefix: Tensor, drafts: list[int], logits: Tensor, guesses: list[Tensor] | None, row: int | None = None
     ) -> tuple[list[int], list[Tensor]]:
         """Return the tokens that one row really gets, and their scores: accepted drafts and one more.
 
         prefix: [1, length]; logits: [drafts + 1, classes] of the full model; guesses: scores [1, classes] that each
-        draft was chosen from. Greedy: drafts are kept while they are the full model's choice. Sampling: a draft x is
-        kept with probability min(1, p(x) / q(x)), else replaced by a draw from max(0, p - q) (arXiv 2211.17192), so
-        that every token has the full model's distribution.
+        draft was chosen from, None where each was certain, with probability 1. Greedy: drafts are kept while they are
+        the full model's choice. Sampling: a draft x is kept with probability min(1, p(x) / q(x)), else replaced by a
+        draw from max(0, p - q) (arXiv 2211.17192), so that every token has the full model's distribution.
         """
         tokens: list[int] = []
         kept: list[Tensor] = []
@@ -66,14 +66,14 @@ class Chooser:
             at = len(tokens)
             some = slice(at, None) if self.blind else slice(at, at + 1)
             scores = self.scores(prefix, logits[some], row)
-            made, ended = self._accept(scores, drafts[some], guesses[some])
+            made, ended = self._accept(scores, drafts[some], guesses and guesses[some])
             tokens += made
             kept += scores.unbind()[: len(made)]
             if ended or len(tokens) > len(drafts):
                 return tokens, kept
             prefix = torch.cat([prefix, prefix.new_tensor([made])], 1)
 
-    def _accept(self, scores: Tensor, drafts: list[int], guesses: list[Tensor]) -> tuple[list[int], bool]:
+    def _accept(self, scores: Tensor, drafts: list[int], guesses: list[Tensor] | None) -> tuple[list[int], bool]:
         """Return (the tokens of these places, whether the last one replaces a draft). scores: [places, classes], of as
         many drafts or one place more."""
         count = len(drafts)
@@ -83,7 +83,11 @@ class Chooser:
             return best[: same + 1], same < count
         p = scores.softmax(-1)
         if count:
-            q, chosen = torch.cat(guesses).softmax(-1), torch.tensor(drafts, device=p.device)[:, None]
+            chosen = torch.tensor(drafts, device=p.device)[:, None]
+            if guesses is None:
+                q = torch.zeros_like(p[:count]).scatter_(1, chosen, 1.0)
+            else:
+                q = torch.cat(guesses).softmax(-1)
             keep = torch.rand_like(p[:count, :1]) * q.gather(1, chosen) < p[:count].gather(1, chosen)
             same = agreed([True] * count, keep.flatten().tolist())
             if same < count:

@@ -159,12 +159,7 @@ class Verified(Driver):
         self.widen(count + 1)
         self.passed = {}
         self.enter(torch.cat([self.newest(), made], 1), self.last)
-        drafts, guesses = list(made.split(1, 1)), []
-        if self.chooser.sample:  # such a draft was certain: probability 1 for the token, 0 for all others
-            classes = self.context.classes
-            certain = torch.nn.functional.one_hot(made, classes).float().log()
-            guesses = list(certain.unbind(1))
-        self.settle(drafts, guesses, [], live, [len(row) for row in given])
+        self.settle(list(made.split(1, 1)), [], [], live, [len(row) for row in given])
 
     def guess(self, drafts: list[Tensor], seen: Evidence) -> tuple[Tensor | None, Tensor]:
         """Return (scores [batch, classes], drafted token [batch]) as the framework would choose from what a head says;
@@ -207,7 +202,7 @@ class Verified(Driver):
             if best is not None:
                 found[row] = best[row][: agreed(made[row], best[row]) + 1], None
             else:
-                mine = [g[row : row + 1] for g in guesses]
+                mine = [g[row : row + 1] for g in guesses] if given is None else None  # none was drawn
                 found[row] = self.chooser.judge(rows.prefix(row), made[row], logits[row], mine, row)
         counts = [len(tokens) for tokens, _ in found.values()]
         kept = [max(counts) if self.ragged else min(counts)] * rows.batch
