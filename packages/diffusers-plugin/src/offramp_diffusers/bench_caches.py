@@ -39,8 +39,10 @@ def run(console: Console, plan: demo.Plan | None = None, size: Size | None = Non
 
     plan, size = plan or demo.Plan(), size or Size()
     with processes() as pool:
-        study = demo.train(plan, console, pool, alone=True)
-        full, early = study.ways
+        study, longest = demo.train(plan, console, pool, alone=True)
+        full = study.ways[0]
+        with step(console, f"tune for the fitted schedule {list(study.fitted.depths)}"):
+            early = Way("early", longest.result(), study.fitted)
         ways = [full, early]
         for cache in SETTINGS:
             ways += [Way(cache, full.model, None, cache), Way(f"early + {cache}", early.model, early.policy, cache)]
@@ -62,7 +64,7 @@ def run(console: Console, plan: demo.Plan | None = None, size: Size | None = Non
         }
         for way, found in zip(ways, judged, strict=True)
     ]  # fmt: skip
-    return {"steps": size.steps, "samples": size.rows, "schedule": list(early.policy.depths), "rows": rows}  # type: ignore[union-attr]
+    return {"steps": size.steps, "samples": size.rows, "schedule": list(study.fitted.depths), "rows": rows}
 
 
 def together(rows: list[dict[str, Any]]) -> list[str]:

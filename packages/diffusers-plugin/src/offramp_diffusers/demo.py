@@ -5,14 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from offramp.cli import dump_json, step
 from offramp.clock import one_thread, origin
@@ -56,7 +56,7 @@ class Plan:
 
 #: the U-ViT takes twice as long for a step, and learns more slowly to do without its middle: 600 steps leave it 14 %
 #: from the full model
-PLANS = {"dit": Plan(), "uvit": Plan(base=1000, more=2500, rows=1000, answers=24_000)}
+PLANS = {"dit": Plan(), "uvit": Plan(base=1000, more=2500, rows=800, answers=24_000)}
 #: the cache that is shown: diffusers' own do not know the blocks of the U-ViT
 CACHES = {"dit": "first_block_cache", "uvit": "deep_cache"}
 QUICK = Plan(8, 6, 6, 3, 2, 40, 20, 3, 5)
@@ -64,15 +64,16 @@ QUICK = Plan(8, 6, 6, 3, 2, 40, 20, 3, 5)
 
 @dataclass
 class Study:
-    """What was trained: the kind of model, the classifier and how often it is right, the ways, the errors of every
-    depth, the features of real images; and what came out: a row per solver and way, images by way, and the full model's
-    distance with other seeds."""
+    """What was trained: the kind of model, the classifier and how often it is right, the ways, the full model first,
+    the errors of every depth, the schedule that was fitted to them, the features of real images; and what came out: a
+    row per solver and way, images by way, and the full model's distance with other seeds."""
 
     model: str
     judge: digits.Judge
     judged: float
     ways: list[Way]
     errors: Tensor
+    fitted: TimeSchedule
     real: Tensor
     rows: list[dict[str, Any]] = field(default_factory=list)
     grids: dict[str, Tensor] = field(default_factory=dict)
@@ -95,9 +96,12 @@ def run(folder: Path, quick: bool, console: Console, model: str = "dit", seed: i
         raise BadArgument(f"no model is called {model!r}; known: {', '.join(digits.MODELS)}")
     started, plan = time.perf_counter(), QUICK if quick else PLANS[model]
     with processes() as pool:
-        study = train(plan, console, pool, model, seed)
-        with step(console, "choose the cache's settings at equal quality, and the gate's threshold at equal blocks"):
-            choose(study, plan, pool)
+        study, longest = train(plan, console, pool, model, seed)
+        trial = study.trial(plan.choice, plan.solver, next(iter(solvers().values())), pool)
+        with step(console, "meanwhile choose the cache's setting at equal quality, the gate's at equal blocks"):
+            most = choose(study, trial)
+        with step(console, "wait for the model with the fitted schedule, and choose its cache's setting"):
+            add_early(study, longest.result(), trial, most)
         with step(console, f"sample with {len(solvers())} solvers, {len(study.ways)} ways each"):
             measure(study, plan, pool)
     body = body_of(study, plan, seed, time.perf_counter() - started)
@@ -108,9 +112,10 @@ def run(folder: Path, quick: bool, console: Console, model: str = "dit", seed: i
 
 def train(
     plan: Plan, console: Console, pool: Executor, name: str = "dit", seed: int = 0, alone: bool = False
-) -> Study:
-    """Train everything that is compared. All others go on from the full model, and learn its answers, each in a process
-    of `pool`; alone: only the full model and the one with the fitted schedule."""
+) -> tuple[Study, Future[nn.Module]]:
+    """Train everything that is compared, and return it with what the model with the fitted schedule will come from,
+    which takes longest. All go on from the full model, and learn its answers, each in a process of `pool`; alone: only
+    the full model and that one."""
     images, labels = digits.load()
     show = console.is_terminal
     with step(console, "train a classifier to judge samples with"):
@@ -123,44 +128,27 @@ def train(
     trainer = Trainer({"sample": images, "class_labels": labels}, full, seed, plan.answers)
     with step(console, f"train a {name} of {depth} blocks on {len(images)} digits"):
         trainer.tune(full, TimeSchedule((depth,)), plan.base, 0, show)
+    shallow = min(places, key=lambda d: abs(places[d] - DUO * places[depth]))
+    fixed = two_stage(shallow, depth)  # its table is published, so that nothing has to be measured first
+    jobs = [] if alone else [(Way("two_stage", full, fixed), pool.submit(trainer.tuned, full, fixed, plan.others, 2))]
     with step(console, "tune every depth a little, so that they can be compared"):
         every = trainer.tuned(full, None, plan.measured, 1, show)
     with step(console, "measure every depth at every noise level, and solve for the schedule"):
         table = errors(every, trainer.data, trainer.scheduler, progress=show)
     fitted = fit_schedule(table, BUDGET, stops=places, monotone=True)
-    first = pool.submit(trainer.tuned, full, fitted, plan.more, 2, show)
-    others = [] if alone else _others(trainer, plan, every, table, pool)
-    with step(console, f"tune for the fitted schedule {list(fitted.depths)}, and beside it {len(others)} others"):
-        early = first.result()
-        ways = [Way("full", full), Way("early", early, fitted)]
-        ways += [replace(way, model=job.result()) for way, job in others]
+    longest = pool.submit(trainer.tuned, full, fitted, plan.more, 2, show)
+    ways = [Way("full", full)]
     if not alone:
-        cache = CACHES[name]
-        ways += [
-            Way("early, untuned", full, fitted),
-            Way(cache, full, None, cache),
-            Way(f"early + {cache}", early, fitted, cache),
-        ]
+        deep = fixed.cuts[0] / FULL
+        bold = fit_schedule(table, deep + (1 - deep) * places[shallow] / places[depth], stops=places, monotone=True)
+        gated = pool.submit(trainer.gated, every, plan.others - plan.measured, plan.heads)
+        jobs.append((Way("early, bolder", full, bold), pool.submit(trainer.tuned, full, bold, plan.others, 2)))
+        jobs.append((Way("uncertainty", full, Uncertainty(0.5)), gated))
+        with step(console, f"tune for the fitted schedule {list(fitted.depths)}, and beside it {len(jobs)} others"):
+            ways += [replace(way, model=job.result()) for way, job in jobs]
+        ways += [Way("early, untuned", full, fitted), Way(CACHES[name], full, None, CACHES[name])]
     with torch.no_grad():
-        return Study(name, judge, accuracy, ways, table, judge.features(images))
-
-
-def _others(trainer: Trainer, plan: Plan, every: Any, table: Tensor, pool: Executor) -> list[tuple[Way, Any]]:
-    """Return what is tuned to compare the fitted schedule with: ways, and what their models will come from."""
-    full, places = trainer.full, stops(trainer.full)
-    depth = max(places)
-    shallow = min(places, key=lambda d: abs(places[d] - DUO * depth))
-    fixed = two_stage(shallow, depth)
-    deep = fixed.cuts[0] / FULL
-    bold = fit_schedule(table, deep + (1 - deep) * places[shallow] / depth, stops=places, monotone=True)
-    return [
-        (Way("two_stage", full, fixed), pool.submit(trainer.tuned, full, fixed, plan.others, 2)),
-        (Way("early, bolder", full, bold), pool.submit(trainer.tuned, full, bold, plan.others, 2)),
-        (
-            Way("uncertainty", full, Uncertainty(0.5)),
-            pool.submit(trainer.gated, every, plan.others - plan.measured, plan.heads),
-        ),
-    ]
+        return Study(name, judge, accuracy, ways, table, fitted, judge.features(images)), longest
 
 
 def solvers() -> dict[str, Callable[[], Any]]:
@@ -174,16 +162,24 @@ def solvers() -> dict[str, Callable[[], Any]]:
     }
 
 
-def choose(study: Study, plan: Plan, pool: Executor) -> None:
-    """Give each cache the boldest setting that is as good as the full model, and the gate the threshold that runs as
-    many blocks as the schedule, on noise that is not used again."""
-    trial = study.trial(plan.choice, plan.solver, next(iter(solvers().values())), pool)
-    full, early = (trial.run(way, CHOICE) for way in study.ways[:2])
+def choose(study: Study, trial: Trial) -> float:
+    """Give the cache the boldest setting that is as good as the full model, and the gate the threshold that runs as
+    many blocks as the schedule, on noise that is not used again; returns the largest distance that is as good."""
+    most = trial.run(study.ways[0], CHOICE).frechet * (1 + SAME)
+    saved = trial.run(Way("early, untuned", study.ways[0].model, study.fitted), CHOICE).saved
     for i, way in enumerate(study.ways):
         if way.cache is not None:
-            study.ways[i] = trial.fitted(way, full.frechet * (1 + SAME), CHOICE)
+            study.ways[i] = trial.fitted(way, most, CHOICE)
         if way.name == "uncertainty":
-            study.ways[i] = _as_bold(trial, way, early.saved)
+            study.ways[i] = _as_bold(trial, way, saved)
+    return most
+
+
+def add_early(study: Study, model: nn.Module, trial: Trial, most: float) -> None:
+    """Add the model with the fitted schedule, alone and with the cache as bold as the distance `most` allows."""
+    cache = CACHES[study.model]
+    both = trial.fitted(Way(f"early + {cache}", model, study.fitted, cache), most, CHOICE)
+    study.ways[1:] = [Way("early", model, study.fitted), *study.ways[1:], both]
 
 
 def _as_bold(trial: Trial, way: Way, saved: float) -> Way:

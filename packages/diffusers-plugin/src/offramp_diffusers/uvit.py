@@ -16,14 +16,17 @@ PATCH, HEAD, TOLD = 2, 16, 1
 
 
 class UViT(HunyuanDiT2DModel):
-    """HunyuanDiT, which is diffusers' transformer with long skips and a noise level, told a class instead of a text."""
+    """HunyuanDiT, which is diffusers' transformer with long skips and a noise level, told a class instead of a text.
+
+    Its GELU is the exact one: the approximate one takes four times as long on a CPU, and a sixth of a training step.
+    """
 
     def __init__(self, depth: int = 8, width: int = 48) -> None:
         super().__init__(
             num_attention_heads=width // HEAD, attention_head_dim=HEAD, in_channels=1, patch_size=PATCH,
             sample_size=SIDE, hidden_size=width, num_layers=depth, learn_sigma=False, cross_attention_dim=width,
             cross_attention_dim_t5=width, pooled_projection_dim=width, text_len=TOLD, text_len_t5=TOLD,
-            use_style_cond_and_image_meta_size=False,
+            use_style_cond_and_image_meta_size=False, activation_fn="gelu",
         )  # fmt: skip
         self.table = nn.Embedding(CLASSES, width)
         for block in self.blocks:  # normalising queries and keys is a tenth of the time, and samples are worse for it

@@ -11,6 +11,9 @@ from offramp.draft import Look, Setup
 NEW = 0.05
 #: measurements before the running means are believed; of calls of many tokens, which come in many sizes, fewer do
 ENOUGH, FEW = 8, 2
+#: rounds after which what follows from the means is worked out only every so many rounds: it moves by a twentieth at
+#: most, and takes 20 us of a round of 1.5 ms
+SETTLED, PAUSE = 64, 8
 #: what one more token of a row adds to a call, as a share of it, before it is measured: 1, 4, 17, 22 % for 2, 3, 4, 6
 #: tokens of one row on a CPU, 33 % per token of eight rows
 WIDER = 0.04
@@ -90,8 +93,9 @@ class Clock:
         self.drop()
         if looks is not None and not looks:
             costs.plain.add(seconds)
-        costs.learn(self.setup, seconds, looks or ())
-        self.tell()
+        if costs.rests.count <= SETTLED or costs.rests.count % PAUSE == 0:
+            costs.learn(self.setup, seconds, looks or ())
+            self.tell()
 
 
 class Costs:
