@@ -71,6 +71,33 @@ def test_products_in_cpp_where_that_is_asked_for(model, ids, monkeypatch, dtype)
     assert torch.equal(told[1].sequences, told[3].sequences) and torch.equal(told[0].sequences, told[2].sequences)
 
 
+def test_what_is_propagated_comes_from_the_part_of_a_recording_that_stores_it(model, ids, monkeypatch):
+    exits = offramp.attach(model, at=[2])
+    threshold, told = middling(model, ids), []
+    for uses in (10**9, _replay.USES):
+        monkeypatch.setattr(_replay, "USES", uses)
+        with offramp.enable(model, "confidence", threshold=threshold, kv="propagate") as run:
+            for _ in range(3):
+                told.append(write(model, ids))
+    assert 0 < run.stats.projected < run.stats.tokens * 2
+    for one in told[1:]:
+        assert torch.equal(one.sequences, told[0].sequences)
+        torch.testing.assert_close(torch.stack(one.logits), torch.stack(told[0].logits), rtol=1e-5, atol=1e-5)
+        for mine, its in zip(one.past_key_values.layers, told[0].past_key_values.layers, strict=True):
+            torch.testing.assert_close(mine.keys, its.keys, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(mine.values, its.values, rtol=1e-5, atol=1e-5)
+    (kept,) = exits.backbone.replay.writes.values()
+    assert len(kept.graph.findAllNodes("aten::linear")) == 2  # of the seven, those of keys and of values
+    assert len(kept.graph.findAllNodes("aten::scaled_dot_product_attention")) == 0
+
+
+def middling(model, ids):
+    """Return a confidence that some tokens reach at the exit and some do not."""
+    with offramp.enable(model, "confidence", threshold=0.0, kv="propagate"):
+        logits = torch.stack(write(model, ids).logits)
+    return float(logits.softmax(-1).amax(-1).median())
+
+
 def test_weights_that_are_more_than_numbers_multiply_themselves():
     class Packed(torch.Tensor):
         pass

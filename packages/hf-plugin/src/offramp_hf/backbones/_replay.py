@@ -68,6 +68,8 @@ class Replay:
         self.refused: dict[Any, str] = {}
         #: copies of recordings that multiply in C++, by recording
         self.quick: dict[Function, Function] = {}
+        #: what of recordings writes into tensors that they are given, by recording
+        self.writes: dict[Function, Function] = {}
         #: (part, kind) that was found not to depend on values
         self.steady: set[tuple[int, Any]] = set()
         self.begin()
@@ -114,6 +116,16 @@ class Replay:
         if graph not in self.quick:
             self.quick[graph] = in_cpp(graph)
         return self.quick[graph]
+
+    def writing(self, index: int, shape: Any) -> Step | None:
+        """Return what of `find` writes into tensors that it is given, such as keys and values, and does nothing else.
+        """
+        step = self.ready(shape)[index] or self.find(index, shape)
+        if step is None:
+            return None
+        if step[0] not in self.writes:
+            self.writes[step[0]] = _writing(step[0])
+        return self.writes[step[0]], step[1]
 
     def learn(self, index: int, shape: Any, out: Any, make: Callable[[], Example]) -> None:
         """Take in that a call of a part gave `out`; make: what the call was."""
@@ -215,6 +227,16 @@ def _settle_sizes(graph: Any, free: set[int]) -> None:
     torch._C._jit_pass_constant_propagation(graph)
     torch._C._jit_pass_peephole(graph, True)  # of shapes it would make constants of all sizes
     torch._C._jit_pass_dce(graph)
+
+
+def _writing(graph: Any) -> Function:
+    """Return a copy of a recording without what only its output needs: one that gives its first input back."""
+    copied = graph.graph.copy()
+    copied.registerOutput(next(copied.inputs()))
+    copied.eraseOutput(0)
+    torch._C._jit_pass_dce(copied)
+    found: Function = torch._C._create_function_from_graph("writing", copied)
+    return found
 
 
 def _same(graph: Function, out: Any, inputs: tuple[Tensor, ...]) -> bool:

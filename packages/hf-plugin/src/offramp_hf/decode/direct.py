@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -167,12 +167,17 @@ class Direct:
 
     def run(self, start: int, stop: int, state: Tensor, groups: list[dict[str, Any]], frozen: Any = None) -> Tensor:
         """Run blocks start < i <= stop with these arguments; frozen: as in `Through.window`."""
-        if self.cache.only_store:
-            for index in range(start, stop):
-                state = state_of(self.decoder.blocks[index](state, **groups[self.shared[index]]))
-            return state
         replay, new, layers = self.decoder.replay, state.shape[1], self.cache.layers
         given = [Given.of(g, kinds) for g, kinds in zip(groups, self.kinds, strict=True)]
+        if self.cache.only_store:
+            for index in range(start, stop):
+                one = given[self.shared[index]]
+                step = replay.writing(index, (state.shape, one.key))
+                if step is None:
+                    self.decoder.blocks[index](state, **one.arguments)  # raises `Stored`
+                else:
+                    step[0](state, *layers[index].room(new), *one.tensors, *step[1])
+            return state
         ready = [replay.ready((state.shape, g.key)) for g in given]
         for index in range(start, stop):
             kind = self.shared[index]
@@ -249,10 +254,8 @@ class Direct:
         self.cache.only_store = True
         try:
             for index in range(start, self.decoder.depth):
-                try:
+                with suppress(Stored):
                     self.window(tokens, index, index + 1, hidden, place)
-                except Stored:
-                    pass
         finally:
             self.cache.only_store = False
 
