@@ -108,7 +108,7 @@ void merge(const Found* found, long count, long apart, bool sums, int64_t* label
 template <typename T, int ROWS>
 void some(const T* weight, const T* hidden, int64_t* label, float* stats, long rows, long width, long stride,
           long classes, bool sums) {
-  const std::vector<T> packed = pack<T, ROWS>(hidden, width);
+  const auto packed = pack<T, ROWS>(hidden, width);
   const long blocks = (classes + BLOCK - 1) / BLOCK;
   std::vector<Found> found(blocks * ROWS);
 #pragma omp parallel for num_threads(torch::stable::get_num_threads()) schedule(static)

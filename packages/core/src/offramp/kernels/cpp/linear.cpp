@@ -17,7 +17,7 @@ constexpr long SHARED = 1 << 18;
 
 template <typename T, int ROWS>
 void some(const T* weight, const T* states, const T* bias, T* out, long width, long stride, long classes) {
-  const std::vector<T> packed = pack<T, ROWS>(states, width);
+  const auto packed = pack<T, ROWS>(states, width);
   const int threads = classes * width * long(sizeof(T)) < SHARED ? 1 : torch::stable::get_num_threads();
   const auto share = [&](long thread) {
     const long stop = classes * (thread + 1) / threads;
@@ -53,8 +53,9 @@ Tensor few(const Tensor& hidden, const Tensor& weight, const std::optional<Tenso
 Tensor linear(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias) {
   const ScalarType type = weight.scalar_type();
   const long width = weight.dim() == 2 ? weight.size(1) : 0, rows = width ? hidden.numel() / width : 0;
-  // twice as many in float32, where torch takes as long for 16 states as reading the weight twice
-  const long most = type == ScalarType::Float ? 2 * MOST : MOST;
+  // twice as many where torch takes longer for them than reading the weight twice: in float32 with 16 lanes, and in
+  // bfloat16 with 8, of which it makes no use
+  const long most = (type == ScalarType::Float) == WIDE ? 2 * MOST : MOST;
   bool fits = hidden.scalar_type() == type && 0 < rows && rows <= most && weight.stride(1) == 1;
   fits = fits && hidden.size(hidden.dim() - 1) == width;
   fits = fits && (!bias || (bias->scalar_type() == type && bias->numel() == weight.size(0) && bias->is_contiguous()));

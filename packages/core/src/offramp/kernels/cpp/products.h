@@ -13,23 +13,31 @@
 
 namespace {
 
+// numbers that the processor takes at once: with half as many (AVX2) it also keeps half as many sums at hand, and those
+// too many go through memory: 4 states of 16 lanes took four times as long there
+#ifdef __AVX512F__
 constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+constexpr bool WIDE = LANES == 16;
 // rows of a weight in one stretch: a multiple of what is taken at once, and logits of 8 states in half of a first-level
 // cache
 constexpr long BLOCK = 480;
-typedef float Floats __attribute__((vector_size(64), aligned(4)));
-typedef int32_t Integers __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
+typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2)));
 
 Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
 
-// How a stretch of STEP weights of one type meets as many numbers of a state.
+// How a stretch of STEP weights of one type meets as many numbers of a state, which is packed as `State`.
 template <typename T>
 struct Kind;
 
 template <>
 struct Kind<float> {
+  using State = float;
   static constexpr int STEP = LANES;
   static Floats load(const float* from) { return ::load(from); }
   static Floats add(Floats sum, Floats w, Floats x) { return sum + w * x; }
@@ -41,17 +49,21 @@ struct Kind<float> {
 template <>
 struct Kind<uint16_t> {  // bfloat16: the upper half of a float32
 #ifdef __AVX512BF16__
+  using State = uint16_t;
   static constexpr int STEP = 2 * LANES;
   static __m512bh load(const uint16_t* from) { return (__m512bh)_mm512_loadu_si512(from); }
   static Floats add(Floats sum, __m512bh w, __m512bh x) { return (Floats)_mm512_dpbf16_ps((__m512)sum, w, x); }
 #else
+  using State = float;  // widened once, not for every row of the weight
   static constexpr int STEP = LANES;
+  static Floats load(const float* from) { return ::load(from); }
   static Floats load(const uint16_t* from) {
     Words wide = __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words) << 16;
     return (Floats)wide;
   }
   static Floats add(Floats sum, Floats w, Floats x) { return sum + w * x; }
 #endif
+  static float wide(float x) { return x; }
   static float wide(uint16_t x) {
     const uint32_t word = uint32_t(x) << 16;
     float found;
@@ -75,8 +87,13 @@ struct Kind<uint16_t> {  // bfloat16: the upper half of a float32
 
 // Sums of neighbours: of `a` in the lower half, of `b` in the upper.
 Floats fold(Floats a, Floats b) {
+#ifdef __AVX512F__
   return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
          __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#else
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
+         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#endif
 }
 
 // The sum of each of COUNT vectors, a power of two, in the first lanes; all at once, for one by one they take as long
@@ -94,11 +111,14 @@ constexpr int MOST = 8;
 // bytes of states up to which they stay in the first-level cache beside a stream of weights
 constexpr long NEAR = 1 << 14;
 
+template <typename T>
+using State = typename Kind<T>::State;
+
 // Products of ROWS of PACKED states with CLASSES neighbouring rows of a weight, rounded to its type; those of one state
 // lie BLOCK apart. UNROLL: steps at a time, for enough sums in flight to hide how long an addition takes. Loops that
 // are not unrolled would keep the sums in memory: 8 states took 1.2 to 1.8 times as long.
 template <typename T, int ROWS, int PACKED, int UNROLL, int CLASSES>
-void group(const T* weight, const T* states, const T* bias, float* out, long width, long stride) {
+void group(const T* weight, const State<T>* states, const T* bias, float* out, long width, long stride) {
   constexpr int STEP = Kind<T>::STEP, SUMS = ROWS <= 2 ? ROWS : ROWS <= 4 ? 4 : 8;
   const long whole = width / STEP;
   Floats sum[UNROLL][CLASSES][ROWS] = {};
@@ -144,30 +164,42 @@ void group(const T* weight, const T* states, const T* bias, float* out, long wid
 // Products of ROWS packed states with `count` <= BLOCK rows of a weight, those of one state BLOCK apart. States that
 // stay near meet one row of the weight after the other, at most four at once; of others each is read for several rows.
 template <typename T, int ROWS>
-void project(const T* weight, const T* states, const T* bias, float* out, long width, long stride, long count) {
-  constexpr int FIRST = ROWS < 4 ? ROWS : 4, REST = ROWS - FIRST, CLASSES = ROWS <= 2 ? 1 : ROWS <= 4 ? 6 : 3;
+void project(const T* weight, const State<T>* states, const T* bias, float* out, long width, long stride, long count) {
+  constexpr int FIRST = ROWS < 4 ? ROWS : 4, REST = ROWS - FIRST, STEPS = WIDE || ROWS <= 2 ? 4 : 2;
+  constexpr int TOGETHER = WIDE ? ROWS : FIRST, CLASSES = ROWS <= 2 ? 1 : WIDE && ROWS <= 4 ? 6 : 3;
+  const State<T>* rest = states + FIRST * Kind<T>::STEP;
   const auto biases = [&](long c) { return bias ? bias + c : bias; };
   long c = 0;
-  if (ROWS > 2 && width * ROWS * long(sizeof(T)) > NEAR)
-    for (; c + CLASSES <= count; c += CLASSES)
-      group<T, ROWS, ROWS, 1, CLASSES>(weight + c * stride, states, biases(c), out + c, width, stride);
+  if (ROWS > 2 && width * ROWS * long(sizeof(*states)) > NEAR)
+    for (; c + CLASSES <= count; c += CLASSES) {
+      const T* row = weight + c * stride;
+      group<T, TOGETHER, ROWS, 1, CLASSES>(row, states, biases(c), out + c, width, stride);
+      if constexpr (TOGETHER < ROWS)
+        group<T, REST, ROWS, 1, CLASSES>(row, rest, biases(c), out + FIRST * BLOCK + c, width, stride);
+    }
   for (; c < count; c++) {
-    const T *row = weight + c * stride, *rest = states + FIRST * Kind<T>::STEP;
-    group<T, FIRST, ROWS, 4, 1>(row, states, biases(c), out + c, width, stride);
+    const T* row = weight + c * stride;
+    group<T, FIRST, ROWS, STEPS, 1>(row, states, biases(c), out + c, width, stride);
     if constexpr (REST > 0)
-      group<T, REST, ROWS, 4, 1>(row, rest, biases(c), out + FIRST * BLOCK + c, width, stride);
+      group<T, REST, ROWS, STEPS, 1>(row, rest, biases(c), out + FIRST * BLOCK + c, width, stride);
   }
 }
 
 // States [ROWS, width] step by step, so that they lie in a row: 4,096 bytes apart they would push one another out of
 // the cache.
 template <typename T, int ROWS>
-std::vector<T> pack(const T* states, long width) {
+std::vector<State<T>> pack(const T* states, long width) {
   constexpr int STEP = Kind<T>::STEP;
-  std::vector<T> packed((width + STEP - 1) / STEP * STEP * ROWS);
+  std::vector<State<T>> packed((width + STEP - 1) / STEP * STEP * ROWS);
+  const auto one = [](T x) {
+    if constexpr (std::is_same_v<State<T>, T>) return x;
+    else return Kind<T>::wide(x);
+  };
   for (int r = 0; r < ROWS; r++)
-    for (long k = 0; k < width; k += STEP)
-      std::copy_n(states + r * width + k, std::min<long>(STEP, width - k), packed.data() + k * ROWS + r * STEP);
+    for (long k = 0; k < width; k += STEP) {
+      const T* from = states + r * width + k;
+      std::transform(from, from + std::min<long>(STEP, width - k), packed.data() + k * ROWS + r * STEP, one);
+    }
   return packed;
 }
 
