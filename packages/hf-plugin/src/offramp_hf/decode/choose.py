@@ -84,23 +84,31 @@ class Chooser:
         p = scores.softmax(-1)
         if count:
             chosen = torch.tensor(drafts, device=p.device)[:, None]
-            if guesses is None:
-                q = torch.zeros_like(p[:count]).scatter_(1, chosen, 1.0)
-            else:
-                q = torch.cat(guesses).softmax(-1)
-            keep = torch.rand_like(p[:count, :1]) * q.gather(1, chosen) < p[:count].gather(1, chosen)
+            chance = p[:count].gather(1, chosen)
+            q = None if guesses is None else torch.cat(guesses).softmax(-1)
+            luck = torch.rand_like(chance)
+            keep = (luck if q is None else luck * q.gather(1, chosen)) < chance
             same = agreed([True] * count, keep.flatten().tolist())
             if same < count:
-                rest = (p[same] - q[same]).clamp(min=0)
-                # p == q up to rounding leaves nothing: any draw from p has the right distribution then
-                rest = rest if float(rest.sum()) > 0 else p[same]
-                return [*drafts[:same], int(draw(rest[None]))], True
+                instead = draw(_rest(p[same], drafts[same], None if q is None else q[same])[None])
+                return [*drafts[:same], int(instead)], True
         return [*drafts, *draw(p[count:]).tolist()], False
 
 
 def agreed(drafts: Sequence[int], found: Sequence[int]) -> int:
     """Return how many drafts come before the first one that is not what was found in its place."""
     return next((i for i, draft in enumerate(drafts) if draft != found[i]), len(drafts))
+
+
+def _rest(p: Tensor, draft: int, q: Tensor | None) -> Tensor:
+    """Return max(0, p - q) [classes] for a draft that was not kept; q: what it was drawn from, None where it was
+    certain."""
+    if q is None:
+        rest = p.index_fill(0, torch.tensor([draft], device=p.device), 0.0)
+    else:
+        rest = (p - q).clamp(min=0)
+    # p == q up to rounding leaves nothing: any draw from p has the right distribution then
+    return rest if float(rest.sum()) > 0 else p
 
 
 def draw(weights: Tensor) -> Tensor:
