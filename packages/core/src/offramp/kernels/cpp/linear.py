@@ -9,7 +9,7 @@ from offramp.kernels.cpp import define
 
 
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute `offramp.kernels.linear`; more than 16 states (8 where torch is faster) and other types by torch, inside."""
+    """Compute `offramp.kernels.linear`; more states than C++ is faster for and other types by torch, inside."""
     made: Tensor = torch.ops.offramp.linear(hidden, weight, bias)
     return made
 
