@@ -1,54 +1,44 @@
-"""`import offramp` costs little beyond `import torch`, and loads no framework and no tool that a model run can miss."""
+"""`import offramp` costs little beyond `import torch`: few modules, no framework and no tool that a model run can miss.
+
+Seconds are not asked for: the same import takes 0.05 s on one machine and 0.2 s on another that is busy.
+"""
 
 import json
 import subprocess
 import sys
 
-BUDGET = 0.1  # seconds beyond `import torch`
-TRIES = 5
-NEVER = {"transformers", "diffusers", "timm", "peft", "accelerate", "torchvision", "scipy", "typer", "rich", "sklearn"}
+#: what may be loaded beyond torch and the standard library, and how many modules of offramp itself
+ALLOWED, MOST = {"offramp", "pluggy", "safetensors"}, 60
 
 PROBE = """
-import json, sys, time
+import json, sys
 import torch
 before = set(sys.modules)
-start = time.perf_counter()
 {statement}
-seconds = time.perf_counter() - start
-print(json.dumps([seconds, sorted(set(sys.modules) - before)]))
+print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
 
-def probe(statement):
-    """Seconds that a statement takes in a fresh process that has torch, and the modules it loads."""
+def loaded(statement):
+    """The modules that a statement loads in a fresh process that has torch, without the standard library's."""
     child = [sys.executable, "-c", PROBE.format(statement=statement)]
     done = subprocess.run(child, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+    return [name for name in json.loads(done.stdout) if name.split(".")[0] not in sys.stdlib_module_names]
 
 
-def best(statement):
-    """The best of a few tries; the first within the budget settles it, since others can only be better."""
-    seconds = float("inf")
-    for _ in range(TRIES):
-        seconds = min(seconds, probe(statement)[0])
-        if seconds < BUDGET:
-            break
-    return seconds
+def packages(modules):
+    return {name.split(".")[0] for name in modules}
 
 
-def intruders(statement):
-    """The top-level packages a statement loads that it should not."""
-    return {name.split(".")[0] for name in probe(statement)[1]} & NEVER
+def own(modules):
+    return sum(name.split(".")[0] == "offramp" for name in modules)
 
 
 def test_import_is_cheap():
-    assert best("import offramp") < BUDGET
-
-
-def test_import_loads_nothing_heavy():
-    assert not intruders("import offramp")
+    modules = loaded("import offramp")
+    assert packages(modules) <= ALLOWED and own(modules) <= MOST
 
 
 def test_both_checks_can_fail():
-    assert intruders("import scipy, typer") >= {"scipy", "typer"}
-    assert best(f"time.sleep({BUDGET})") >= BUDGET
+    assert packages(loaded("import scipy, typer")) >= {"scipy", "typer"}
+    assert own(loaded("import offramp.cli, offramp.testing")) > MOST
