@@ -11,8 +11,8 @@ from offramp.draft import Look, Setup
 NEW = 0.05
 #: measurements before the running means are believed; of calls of many tokens, which come in many sizes, fewer do
 ENOUGH, FEW = 8, 2
-#: rounds after which what follows from the means is worked out only every so many rounds: it moves by a twentieth at
-#: most, and takes 20 us of a round of 1.5 ms
+#: rounds after which prices are worked out from the means only every so many rounds: they move by a twentieth at most,
+#: and that takes 10 us of a round of 1.5 ms
 SETTLED, PAUSE = 64, 8
 #: what one more token of a row adds to a call, as a share of it, before it is measured: 1, 4, 17, 22 % for 2, 3, 4, 6
 #: tokens of one row on a CPU, 33 % per token of eight rows
@@ -94,8 +94,9 @@ class Clock:
         if looks is not None and not looks:
             costs.plain.add(seconds)
         if costs.rests.count <= SETTLED or costs.rests.count % PAUSE == 0:
-            costs.learn(self.setup, seconds, looks or ())
-            self.tell()
+            costs.price(self.setup)
+        costs.learn(self.setup, seconds, looks or ())
+        self.tell()
 
 
 class Costs:
@@ -113,6 +114,8 @@ class Costs:
         self.windows: dict[tuple[int, int, int], Mean] = {}
         self.looks, self.rests, self.plain = Mean(), Mean(), Mean()
         self.cut = 0.0
+        #: seconds of a block, with its share of what a round takes outside; None until that is measured
+        self.block: float | None = None
 
     def window(self, seconds: float, start: int, stop: int, tokens: int) -> None:
         """Learn what these blocks, and one more token in them, take."""
@@ -132,23 +135,25 @@ class Costs:
             slope = min(1.0, max(0.0, (mean.value - short) / rest))
             self.wider += max(NEW, 1 / (PRIOR + self.slopes)) * (slope - self.wider)
 
-    def learn(self, setup: Setup, seconds: float, looks: Sequence[Look]) -> None:
-        """Learn from a round that took so long what looks and low windows take in blocks."""
+    def price(self, setup: Setup) -> None:
+        """Work out what a block, looks and low windows take."""
         one = self.one(setup.depth)
         if one is None or self.rests.count < ENOUGH:
             return
         block = self.plain.value if self.plain.count >= ENOUGH else one * setup.depth + self.rests.value
-        block /= setup.depth
-        self.low = [self.way(depth, block) for depth in setup.depths]
-        if self.looks.count < ENOUGH:
-            return
-        self.head = self.looks.value / block
-        if looks:
+        self.block = block / setup.depth
+        self.low = [self.way(depth, self.block) for depth in setup.depths]
+        if self.looks.count >= ENOUGH:
+            self.head = self.looks.value / self.block
+
+    def learn(self, setup: Setup, seconds: float, looks: Sequence[Look]) -> None:
+        """Learn from a round that took so long what its parts do not explain."""
+        if looks and self.block is not None and self.looks.count >= ENOUGH:
             deep = [self.wider * (setup.depth - depth) for depth in setup.depths]
             costs = sum(self.head + (self.low[k.level] + deep[k.level] if k.drafted else 0.0) for k in looks)
             # calls cut in two, code and weights that the processor forgot; the last token always stops at one exit
             cuts = max(1, sum(not k.drafted for k in looks))
-            cut = min(seconds / block - setup.depth - costs, setup.depth) / cuts
+            cut = min(seconds / self.block - setup.depth - costs, setup.depth) / cuts
             self.cut = max(0.0, self.cut + NEW * (cut - self.cut))
 
     def way(self, depth: int, block: float) -> float:
