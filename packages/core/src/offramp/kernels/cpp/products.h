@@ -166,7 +166,9 @@ void group(const T* weight, const State<T>* states, const T* bias, float* out, l
 template <typename T, int ROWS>
 void project(const T* weight, const State<T>* states, const T* bias, float* out, long width, long stride, long count) {
   constexpr int FIRST = ROWS < 4 ? ROWS : 4, REST = ROWS - FIRST, STEPS = WIDE || ROWS <= 2 ? 4 : 2;
-  constexpr int TOGETHER = WIDE ? ROWS : FIRST, CLASSES = ROWS <= 2 ? 1 : WIDE && ROWS <= 4 ? 6 : 3;
+  // as many sums as the processor keeps at hand, 24 or 12; more than 6 states in two parts where that is 12
+  constexpr int TOGETHER = WIDE || ROWS <= 6 ? ROWS : FIRST;
+  constexpr int CLASSES = ROWS <= 2 ? 1 : WIDE ? (ROWS <= 4 ? 6 : 3) : TOGETHER <= 4 ? 3 : 2;
   const State<T>* rest = states + FIRST * Kind<T>::STEP;
   const auto biases = [&](long c) { return bias ? bias + c : bias; };
   long c = 0;
