@@ -15,7 +15,7 @@ def test_a_process_of_the_pool_trains_and_samples_what_this_one_does(shaken, mon
     torch.manual_seed(0)
     full, schedule = shaken(digits.make(2, 16)), TimeSchedule((2, 1))
     trainer = Trainer({"sample": images, "class_labels": labels}, full, seed=3, answers=60)
-    judge, _ = digits.train_judge(images, labels, 1, False)
+    judge, _ = digits.train_judge(images, labels, 1)
     with torch.no_grad():
         trial = Trial(judge, judge.features(images), 20, 2, DDIMScheduler)
     with processes() as pool:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers.models.attention_processor import HunyuanAttnProcessor2_0
 
 import offramp
 from offramp._plugins import adapt
@@ -33,6 +34,22 @@ def test_it_answers_by_class_and_its_deep_blocks_read_shallow_states(model, give
     assert one.shape == (3, 1, 8, 8) and not torch.allclose(one, two)
     assert [b.skip_linear is not None for b in model.blocks] == [False, False, False, True]
     assert adapt(model).facts.long_skips and adapt(model).depth == 4
+
+
+class Theirs(HunyuanAttnProcessor2_0):
+    """diffusers' own attention, which takes cosines and sines of each number instead of complex ones of pairs."""
+
+    def __call__(self, *args, image_rotary_emb, **kwargs):
+        parts = (part.repeat_interleave(2, 1) for part in (image_rotary_emb.real, image_rotary_emb.imag))
+        return super().__call__(*args, image_rotary_emb=tuple(parts), **kwargs)
+
+
+def test_its_attention_is_that_of_diffusers(model, given):
+    labels = torch.tensor([1, 2, 3])
+    ours = model(**given, class_labels=labels).sample
+    model.set_attn_processor(Theirs())
+    theirs = model(**given, class_labels=labels).sample
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
 def test_it_trains_and_is_measured_at_the_depths_that_keep_its_skips(model):
@@ -116,7 +133,7 @@ def test_a_cache_on_top_adds_what_the_way_up_would(given, shaken, depths):
 
 def test_blocks_behind_the_exit_do_not_run(model):
     images, labels = digits.load()
-    judge, _ = digits.train_judge(images, labels, 1, False)
+    judge, _ = digits.train_judge(images, labels, 1)
     with torch.no_grad():
         trial = Trial(judge, judge.features(images), 10, 4, DDIMScheduler)
     assert trial.run(Way("early", model, TimeSchedule((2,))), 0).saved == 0.5

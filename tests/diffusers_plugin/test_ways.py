@@ -15,7 +15,7 @@ BOLD = {"first_block_cache": 10.0, "mag_cache": 10.0, "deep_cache": (2, 3)}
 @pytest.fixture(scope="module")
 def trial():
     images, labels = digits.load()
-    judge, _ = digits.train_judge(images, labels, 2, False)
+    judge, _ = digits.train_judge(images, labels, 2)
     with torch.no_grad():
         return Trial(judge, judge.features(images), 20, 6, DDIMScheduler)
 

@@ -118,16 +118,17 @@ def train(
     the full model and that one."""
     images, labels = digits.load()
     show = console.is_terminal
-    with step(console, "train a classifier to judge samples with"):
-        judge, accuracy = digits.train_judge(images, labels, plan.judge, show)
+    judged = pool.submit(digits.train_judge, images, labels, plan.judge)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         full = digits.MODELS[name]()
     places = stops(full)
     depth = max(places)
     trainer = Trainer({"sample": images, "class_labels": labels}, full, seed, plan.answers)
-    with step(console, f"train a {name} of {depth} blocks on {len(images)} digits"):
+    what = f"a {name} of {depth} blocks on {len(images)} digits"
+    with step(console, f"train {what}, and beside it a classifier to judge samples with"):
         trainer.tune(full, TimeSchedule((depth,)), plan.base, 0, show)
+        judge, accuracy = judged.result()
     shallow = min(places, key=lambda d: abs(places[d] - DUO * places[depth]))
     fixed = two_stage(shallow, depth)  # its table is published, so that nothing has to be measured first
     jobs = [] if alone else [(Way("two_stage", full, fixed), pool.submit(trainer.tuned, full, fixed, plan.others, 2))]

@@ -11,7 +11,7 @@ from scipy.linalg import sqrtm
 from torch import Tensor, nn
 
 from offramp.errors import BadArgument
-from offramp.record import evaluating, track
+from offramp.record import evaluating
 
 CLASSES, SIDE = 10, 8
 #: levels of grey in the data set
@@ -77,7 +77,7 @@ class Judge(nn.Module):
         return out
 
 
-def train_judge(images: Tensor, labels: Tensor, steps: int = 600, progress: bool = True) -> tuple[Judge, float]:
+def train_judge(images: Tensor, labels: Tensor, steps: int = 600) -> tuple[Judge, float]:
     """Return a classifier trained on four fifths of the digits, and its accuracy on the rest."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -86,7 +86,7 @@ def train_judge(images: Tensor, labels: Tensor, steps: int = 600, progress: bool
     held, rest = order[: len(order) // 5], order[len(order) // 5 :]
     optimiser = torch.optim.AdamW(judge.parameters(), lr=2e-3)
     generator = torch.Generator().manual_seed(1)
-    for _ in track(range(steps), "train the classifier", progress, steps):
+    for _ in range(steps):
         rows = rest[torch.randint(len(rest), (128,), generator=generator)]
         loss = nn.functional.cross_entropy(judge(images[rows]), labels[rows])
         optimiser.zero_grad()
