@@ -16,7 +16,7 @@ from offramp.record import evaluating
 CLASSES, SIDE = 10, 8
 #: levels of grey in the data set
 WHITE = 16.0
-#: images that are denoised at once: twice as many take 2.5 times as long on these machines
+#: images that are denoised at once, at most: twice as many take 2.5 times as long on these machines
 BATCH = 250
 #: numbers that the classifier says about an image before it names a class: what the Frechet distance is over
 FEATURES = 32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -84,8 +85,9 @@ class Trial:
     over: Callable[..., Iterable[Any]] = map
 
     def run(self, way: Way, seed: int) -> Judged:
-        """Sample and judge; the same seed gives every way the same noise. A cache starts anew with every batch."""
-        wanted = digits.classes(self.rows).split(digits.BATCH)
+        """Sample and judge; the same seed gives every way the same noise. A cache starts anew with every batch, and all
+        are as large, since processes wait for the largest."""
+        wanted = digits.classes(self.rows).chunk(math.ceil(self.rows / digits.BATCH))
         one = partial(_batch, way, self.solver, self.steps)
         seeds = [seed * 10_000 + i for i in range(len(wanted))]
         made, ran, full, seconds = zip(*self.over(one, wanted, seeds), strict=True)
