@@ -24,7 +24,7 @@ def add(app: typer.Typer) -> None:
 def demo_diffusion(
     folder: Folder = Path("demo"),
     quick: Quick = False,
-    model: Annotated[str, typer.Option(help="dit, or uvit: deep blocks also read shallow states; 10-20 min.")] = "dit",
+    model: Annotated[str, typer.Option(help="dit, or uvit: deep blocks also read shallow states; 7-20 min.")] = "dit",
     seed: Annotated[int, typer.Option(min=0, help="Of the trainings.")] = 0,
     out: Json = None,
 ) -> None:
