@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from offramp._plugins import adapt
 from offramp_hf.cache import GrowingLayer, WindowCache
@@ -100,3 +101,27 @@ def test_positions_of_padded_rows():
     assert place.positions(3, 2, mask.device).tolist() == [[3, 4], [1, 2]]
     assert Place(mask, longest=4).positions(3, 2, mask.device).tolist() == [[3, 3], [1, 2]]
     assert Place(None).positions(3, 2, mask.device).tolist() == [[3, 4]]
+
+
+@pytest.mark.parametrize("scale", [1, 64])
+def test_rounding_to_16_bits_is_told_from_a_fault_by_the_spread_of_the_logits(scale, monkeypatch):
+    """As deep and wide models round, whatever the size of their logits; a missing mask is no rounding."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(scale)
+    window = Direct.window
+
+    def rounding(self, *args):
+        state = window(self, *args)
+        return state + 0.01 * state.std() * torch.randn(state.shape).to(state)
+
+    monkeypatch.setattr(Direct, "window", rounding)
+    assert adapt(model).direct_fits
+    monkeypatch.setattr(Direct, "window", window)
+    monkeypatch.setattr(Direct, "mask", lambda self, new, slots, like: like.new_zeros(1, 1, new, slots + new))
+    assert not adapt(model).direct_fits
