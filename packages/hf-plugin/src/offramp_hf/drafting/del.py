@@ -81,20 +81,25 @@ class Table(Drafter):
         """Return (exit, drafts) with the most expected tokens per block; the longest draft considered is length - 1.
 
         With acceptance rate p of an exit, d drafts give 1 + p + ... + p^d tokens for depth + d * (cost of one draft)
-        and one more stop at the exit.
+        and one more stop at the exit. Each draft adds less than the one before, so that no exit is worth more drafts
+        than the first number that is worth less.
         """
-        best, chosen = 0.0, (self.levels[0], 0)
+        depth = self.setup.depth
+        best, chosen = 1 / depth, (self.levels[0], 0)
         for level in self.levels:
             seen = self.right[level] + self.wrong[level]
             if not seen:
                 continue
-            rate, tokens, power = self.right[level] / seen, 1.0, 1.0
-            for drafts in range(self.rule.length):
-                if drafts:
-                    power *= rate
-                    tokens += power
-                cut = self.setup.cut if drafts else 0.0
-                value = tokens / (self.setup.depth + cut + drafts * self.setup.draft(level))
+            rate, price, last = self.right[level] / seen, self.setup.draft(level), 0.0
+            tokens, power, cost = 1.0, 1.0, depth + self.setup.cut
+            for drafts in range(1, self.rule.length):
+                power *= rate
+                tokens += power
+                cost += price
+                value = tokens / cost
+                if value < last:
+                    break
+                last = value
                 if value > best:
                     best, chosen = value, (level, drafts)
         return chosen
