@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from offramp.draft import Look, Setup
 
-#: weight of a new measurement in the running means
-NEW = 0.05
+#: weight of a new measurement in the running means, and in that of the machine's speed
+NEW, QUICK = 0.05, 0.2
 #: measurements before the running means are believed; of calls of many tokens, which come in many sizes, fewer do
 ENOUGH, FEW = 8, 2
 #: rounds after which prices are worked out from the means only every so many rounds: they move by a twentieth at most,
@@ -31,7 +31,9 @@ class Clock:
 
     Only on devices that run at once, as CPUs do: elsewhere seconds say when work was handed over, not how long it took.
     What is measured counts once its round ends: rounds that recordings were made in are dropped, for one of them, 15 to
-    60 ms long, would tell a rule for good that drafting does not pay.
+    60 ms long, would tell a rule for good that drafting does not pay. All is counted in calls of one block on one token
+    at that moment: other programs slow a machine by a third for a second, and what is seldom measured would be compared
+    with what often is at another speed.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -63,10 +65,10 @@ class Clock:
 
     def penalty(self) -> float:
         """Return what calls cost once rows have different lengths, in calls as they are now."""
-        even, odd = self.costs.one(self.setup.depth), self.kinds.get((self.kind[0], True))
+        even, odd = self.costs.seconds(self.setup.depth), self.kinds.get((self.kind[0], True))
         if even is None:
             return FRAYED
-        known = odd.one(self.setup.depth) if odd is not None else None
+        known = odd.seconds(self.setup.depth) if odd is not None else None
         return max(1.0, (known or even + RAGGED) / even)
 
     def window(self, seconds: float, start: int, stop: int, tokens: int) -> None:
@@ -83,44 +85,57 @@ class Clock:
 
     def round(self, seconds: float, looks: Sequence[Look] | None) -> None:
         """Take in the time of a whole round. looks: at exits in this round; None: its drafts came from elsewhere."""
-        costs = self.costs
-        for took, window in self.pending:
-            if window is None:
-                costs.looks.add(took)
-            else:
-                costs.window(took, *window)
-        costs.rests.add(max(0.0, seconds - sum(took for took, _ in self.pending)))
+        costs, pending = self.costs, self.pending
         self.drop()
+        unit = costs.now(pending)
+        if unit is None:
+            return
+        for took, window in pending:
+            if window is None:
+                costs.looks.add(took / unit)
+            else:
+                costs.window(took / unit, *window)
+        costs.rests.add(max(0.0, seconds - sum(took for took, _ in pending)) / unit)
         if looks is not None and not looks:
-            costs.plain.add(seconds)
+            costs.plain.add(seconds / unit)
         if costs.rests.count <= SETTLED or costs.rests.count % PAUSE == 0:
             costs.price(self.setup)
-        costs.learn(self.setup, seconds, looks or ())
+        costs.learn(self.setup, seconds / unit, looks or ())
         self.tell()
 
 
 class Costs:
-    """Running means of seconds of one kind of batch, and what follows from them in blocks.
+    """Running means of what one kind of batch takes, in calls of one block on one token, and what follows from them in
+    blocks.
 
     head, low, wider, cut: as in `Setup`; until they are measured, what is given, and a guess.
     """
 
     def __init__(self, rows: int, head: float, low: Sequence[float]) -> None:
         self.head, self.low = head, list(low)
-        self.wider = min(1.0, WIDER * rows)
+        self.slope = self.wider = min(1.0, WIDER * rows)
         #: how often that was measured
         self.slopes = 0
-        #: seconds per block by first and last block and tokens
+        #: seconds of such a call
+        self.unit = Mean(QUICK)
+        #: what a block takes by first and last block and tokens
         self.windows: dict[tuple[int, int, int], Mean] = {}
         self.looks, self.rests, self.plain = Mean(), Mean(), Mean()
         self.cut = 0.0
-        #: seconds of a block, with its share of what a round takes outside; None until that is measured
+        #: what a block takes, with its share of what a round takes outside; None until that is measured
         self.block: float | None = None
 
-    def window(self, seconds: float, start: int, stop: int, tokens: int) -> None:
+    def now(self, pending: Sequence[tuple[float, tuple[int, int, int] | None]]) -> float | None:
+        """Return the seconds of a block on one token, as this round says; None while no round did."""
+        for took, window in pending:
+            if window is not None and window[2] == 1:
+                self.unit.add(took / (window[1] - window[0]))
+        return self.unit.value if self.unit.count else None
+
+    def window(self, took: float, start: int, stop: int, tokens: int) -> None:
         """Learn what these blocks, and one more token in them, take."""
         mean = self.windows.setdefault((start, stop, tokens), Mean())
-        mean.add(seconds / (stop - start))
+        mean.add(took / (stop - start))
         if mean.count < FEW:
             return
         known = [n for (a, b, n), m in self.windows.items() if (a, b) == (start, stop) and m.count >= FEW]
@@ -131,9 +146,10 @@ class Costs:
         if tokens > fewer and rest > 0:
             self.slopes += 1
             # a token costs no more beside another than alone; a larger figure is another program's doing, and a rule
-            # that believed it would not draft again, nor see that it was wrong
-            slope = min(1.0, max(0.0, (mean.value - short) / rest))
-            self.wider += max(NEW, 1 / (PRIOR + self.slopes)) * (slope - self.wider)
+            # that believed it would not draft again, nor see that it was wrong. As far below, or that would not cancel
+            slope = min(1.0, max(-1.0, (mean.value - short) / rest))
+            self.slope += max(NEW, 1 / (PRIOR + self.slopes)) * (slope - self.slope)
+            self.wider = max(0.0, self.slope)
 
     def price(self, setup: Setup) -> None:
         """Work out what a block, looks and low windows take."""
@@ -146,14 +162,14 @@ class Costs:
         if self.looks.count >= ENOUGH:
             self.head = self.looks.value / self.block
 
-    def learn(self, setup: Setup, seconds: float, looks: Sequence[Look]) -> None:
+    def learn(self, setup: Setup, took: float, looks: Sequence[Look]) -> None:
         """Learn from a round that took so long what its parts do not explain."""
         if looks and self.block is not None and self.looks.count >= ENOUGH:
             deep = [self.wider * (setup.depth - depth) for depth in setup.depths]
             costs = sum(self.head + (self.low[k.level] + deep[k.level] if k.drafted else 0.0) for k in looks)
             # calls cut in two, code and weights that the processor forgot; the last token always stops at one exit
             cuts = max(1, sum(not k.drafted for k in looks))
-            cut = min(seconds / self.block - setup.depth - costs, setup.depth) / cuts
+            cut = min(took / self.block - setup.depth - costs, setup.depth) / cuts
             self.cut = max(0.0, self.cut + NEW * (cut - self.cut))
 
     def way(self, depth: int, block: float) -> float:
@@ -161,8 +177,13 @@ class Costs:
         mean = self.windows.get((0, depth, 1))
         return depth * mean.value / block if mean is not None and mean.count >= ENOUGH else float(depth)
 
+    def seconds(self, depth: int) -> float | None:
+        """Return the seconds per block of one token; depth: of the model."""
+        one = self.one(depth)
+        return None if one is None else one * self.unit.value
+
     def one(self, depth: int) -> float | None:
-        """Return the seconds per block of one token in all blocks, or in the longest window known."""
+        """Return what a block takes for one token in all blocks, or in the longest window known."""
         known = [k for k, mean in self.windows.items() if k[2] == 1 and mean.count >= ENOUGH]
         if (0, depth, 1) in known:
             return self.windows[0, depth, 1].value
@@ -173,13 +194,13 @@ class Mean:
     """The least of the first measurements, which are slow for other reasons, then a running mean in which a moment
     when the machine did something else counts at most twice the mean."""
 
-    def __init__(self) -> None:
-        self.value, self.count = math.inf, 0
+    def __init__(self, new: float = NEW) -> None:
+        self.value, self.count, self.new = math.inf, 0, new
 
-    def add(self, seconds: float) -> None:
+    def add(self, took: float) -> None:
         """Take in one measurement."""
         self.count += 1
         if self.count <= ENOUGH:
-            self.value = min(self.value, seconds)
+            self.value = min(self.value, took)
         else:
-            self.value += NEW * (min(seconds, 2 * self.value) - self.value)
+            self.value += self.new * (min(took, 2 * self.value) - self.value)
