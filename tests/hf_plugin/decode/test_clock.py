@@ -80,3 +80,26 @@ def test_a_round_that_is_dropped_teaches_nothing():
         found.drop()
     found.round(1e-3, None)
     assert (found.setup.wider, found.setup.head) == before
+
+
+def test_checking_drafts_of_the_text_has_a_price():
+    found = clock()
+    for _ in range(2 * ENOUGH):
+        found.window(8e-3, 0, 8, 1)
+        found.round(9e-3, [])
+        found.window(8e-3, 0, 8, 2)
+        found.round(11e-3, None)
+    assert abs(found.setup.given - 2e-3 / (9e-3 / 8)) < 0.05
+
+
+def test_a_slower_machine_changes_no_price():
+    """Looks are measured while another program halves the speed, plain rounds before and after: in blocks all is equal.
+    """
+    found = clock()
+    for slow in (1, 2, 1):
+        for _ in range(4 * ENOUGH):
+            found.window(8e-3 * slow, 0, 8, 1)
+            if slow == 2:
+                found.look(2e-3 * slow)
+            found.round((8e-3 + 2e-3 * (slow == 2)) * slow, [] if slow == 1 else None)
+    assert abs(found.setup.head - 2.0) < 0.2

@@ -63,6 +63,15 @@ def test_length_follows_what_was_right():
     assert max(later) > 0  # it is tried again some day
 
 
+def test_what_checking_costs_outside_blocks_counts():
+    """A match that is right half of the time promises 1.5 tokens and more, of a call that costs twice as much nothing.
+    """
+    drafter, text = start(), [1, 2, 3, 1, 2, 3, 1]
+    assert drafter.propose([text], 8)[0]
+    drafter.setup.given = 8.0
+    assert drafter.propose([text], 8) == [[]]
+
+
 def test_rows_share_one_call():
     """One row that finds something among many that do not makes a wide call for nothing."""
     alone = create(DraftRule, "lookup").start(Setup((2,), 8, (0,), wider=0.2))

@@ -79,11 +79,12 @@ class Finder(Drafter):
         least = min(made.values(), default=0)
         behind = [found[row] for row, count in made.items() if count == least]
         tokens, powers, best = [1.0] * len(behind), [1.0] * len(behind), (0, 1.0)
+        fixed = 1 + self.setup.given / self.setup.depth
         for length in range(1, min((len(drafts) for drafts, _ in behind), default=0) + 1):
             for i, (_, rate) in enumerate(behind):
                 powers[i] *= rate
                 tokens[i] += powers[i]
-            gain = min(tokens) / (1 + self.wider * length) / self.setup.ragged
+            gain = min(tokens) / (fixed + self.wider * length) / self.setup.ragged
             if gain > best[1]:
                 best = length, gain
         if not best[0]:  # on the way back to the prior, so that it is tried again some day
