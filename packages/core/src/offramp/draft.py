@@ -18,8 +18,8 @@ class Setup:
     depths: of the exits; depth: of the model; levels: indices of the exits that the policy could ever accept; head: one
     look at an exit; wider: what one more token adds to a call of blocks, as a share of the call; low: one token's way
     to each exit; cut: what stopping the newest token at an exit without a draft adds to the look; given: what checking
-    drafts of `propose` adds to a round outside blocks; ragged: what all calls cost, in calls as they are, once rows
-    have kept different numbers of drafts. The decoder measures these as it goes where it can.
+    drafts of `propose` adds to a round beside wider blocks; ragged: what all calls cost, in calls as they are, once
+    rows have kept different numbers of drafts. The decoder measures these as it goes where it can.
     """
 
     depths: tuple[int, ...]

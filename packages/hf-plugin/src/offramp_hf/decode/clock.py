@@ -61,7 +61,7 @@ class Clock:
         """Say in the setup what things cost in blocks."""
         setup, costs = self.setup, self.costs
         setup.head, setup.low[:], setup.wider, setup.cut = costs.head, costs.low, costs.wider, costs.cut
-        setup.given = costs.outside
+        setup.given = costs.given
         setup.ragged = self.penalty() if self.frays and not self.kind[1] else 1.0
 
     def penalty(self) -> float:
@@ -96,13 +96,11 @@ class Clock:
                 costs.looks.add(took / unit)
             else:
                 costs.window(took / unit, *window)
-        rest = max(0.0, seconds - sum(took for took, _ in pending)) / unit
-        costs.rests.add(rest)
+        costs.rests.add(max(0.0, seconds - sum(took for took, _ in pending)) / unit)
         if looks is None:
-            costs.given.add(rest)
+            costs.check(self.setup.depth, seconds / unit, sum(window[2] for _, window in pending if window is not None))
         elif not looks:
             costs.plain.add(seconds / unit)
-            costs.alone.add(rest)
         if costs.rests.count <= SETTLED or costs.rests.count % PAUSE == 0:
             costs.price(self.setup)
         costs.learn(self.setup, seconds / unit, looks or ())
@@ -113,7 +111,7 @@ class Costs:
     """Running means of what one kind of batch takes, in calls of one block on one token, and what follows from them in
     blocks.
 
-    head, low, wider, cut: as in `Setup`, outside: its given; until they are measured, what is given, and a guess.
+    head, low, wider, cut, given: as in `Setup`; until they are measured, what is given, and a guess.
     """
 
     def __init__(self, rows: int, head: float, low: Sequence[float]) -> None:
@@ -126,9 +124,7 @@ class Costs:
         #: what a block takes by first and last block and tokens
         self.windows: dict[tuple[int, int, int], Mean] = {}
         self.looks, self.rests, self.plain = Mean(), Mean(), Mean()
-        #: what rounds take outside blocks and looks: whose drafts came from elsewhere, and that have none
-        self.given, self.alone = Mean(), Mean()
-        self.cut = self.outside = 0.0
+        self.cut = self.given = 0.0
         #: what a block takes, with its share of what a round takes outside; None until that is measured
         self.block: float | None = None
 
@@ -168,8 +164,6 @@ class Costs:
         self.low = [self.way(depth, self.block) for depth in setup.depths]
         if self.looks.count >= ENOUGH:
             self.head = self.looks.value / self.block
-        if min(self.given.count, self.alone.count) >= ENOUGH:
-            self.outside = max(0.0, self.given.value - self.alone.value) / self.block
 
     def learn(self, setup: Setup, took: float, looks: Sequence[Look]) -> None:
         """Learn from a round that took so long what its parts do not explain."""
@@ -180,6 +174,13 @@ class Costs:
             cuts = max(1, sum(not k.drafted for k in looks))
             cut = min(took / self.block - setup.depth - costs, setup.depth) / cuts
             self.cut = max(0.0, self.cut + NEW * (cut - self.cut))
+
+    def check(self, depth: int, took: float, tokens: int) -> None:
+        """Learn what checking drafts from elsewhere takes, `tokens` of them and the newest in one call of all blocks,
+        beside what wider blocks explain."""
+        if self.block is not None:
+            more = took / self.block - depth * (1 + self.wider * (tokens - 1))
+            self.given = max(0.0, self.given + NEW * (min(more, depth) - self.given))
 
     def way(self, depth: int, block: float) -> float:
         """Return what one token's way to an exit takes, in blocks."""

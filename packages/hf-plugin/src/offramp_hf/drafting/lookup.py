@@ -11,6 +11,8 @@ from offramp.errors import BadArgument
 
 #: weight of the prior of an order's acceptance rate, and how much each verification leaves of what was learned
 PRIOR, KEPT = 2.0, 0.95
+#: the prior of matches of n tokens is n / (n + DOUBT): sampled code gave 0.23, 0.38 and 0.67 for 1, 2 and 3
+DOUBT = 3
 
 
 @register("lookup")
@@ -46,8 +48,8 @@ class Finder(Drafter):
 
     def __init__(self, setup: Setup, rule: Lookup) -> None:
         self.rule, self.setup = rule, setup
-        self.hits = {n: PRIOR * 0.5 for n in range(rule.least, rule.ngram + 1)}
-        self.tries = dict.fromkeys(self.hits, PRIOR)
+        self.prior = {n: PRIOR * n / (n + DOUBT) for n in range(rule.least, rule.ngram + 1)}
+        self.hits, self.tries = dict(self.prior), dict.fromkeys(self.prior, PRIOR)
         self.begin(0)
 
     def begin(self, rows: int) -> None:
@@ -125,5 +127,5 @@ class Finder(Drafter):
 
     def count(self, n: int, right: int, tried: int) -> None:
         """Add to the counts of matches of `n` tokens; what was before fades to the prior."""
-        self.hits[n] = KEPT * self.hits[n] + (1 - KEPT) * PRIOR * 0.5 + right
+        self.hits[n] = KEPT * self.hits[n] + (1 - KEPT) * self.prior[n] + right
         self.tries[n] = KEPT * self.tries[n] + (1 - KEPT) * PRIOR + tried
