@@ -20,9 +20,9 @@ DOUBT = 3
 class Lookup(DraftRule):
     """Find the latest earlier place where the last `ngram` tokens (or fewer, down to `least`) stand, and draft on.
 
-    length: most drafts; how many are made follows from how often a match of this length was right. A draft that
-    reaches the end of the text goes on from its own beginning, as repeating text does. No exit is asked. Paper: prompt
-    lookup (Saxena, 2023).
+    length: most drafts; whether 1, 2, 4, ... or all of them are made follows from how often a match of this length was
+    right: calls of few sizes are recorded sooner. A draft that reaches the end of the text goes on from its own
+    beginning, as repeating text does. No exit is asked. Paper: prompt lookup (Saxena, 2023).
     """
 
     ngram: int = 3
@@ -48,6 +48,9 @@ class Finder(Drafter):
 
     def __init__(self, setup: Setup, rule: Lookup) -> None:
         self.rule, self.setup = rule, setup
+        #: how many drafts can be made: 70 ms pass until a call of 5 M parameters is recorded, and 12 sizes took a tenth
+        #: of 1,000 tokens
+        self.lengths = {1 << n for n in range(rule.length.bit_length())} | {rule.length}
         self.prior = {n: PRIOR * n / (n + DOUBT) for n in range(rule.least, rule.ngram + 1)}
         self.hits, self.tries = dict(self.prior), dict.fromkeys(self.prior, PRIOR)
         self.begin(0)
@@ -86,6 +89,8 @@ class Finder(Drafter):
             for i, (_, rate) in enumerate(behind):
                 powers[i] *= rate
                 tokens[i] += powers[i]
+            if length not in self.lengths:
+                continue
             gain = min(tokens) / (fixed + self.wider * length) / self.setup.ragged
             if gain > best[1]:
                 best = length, gain
