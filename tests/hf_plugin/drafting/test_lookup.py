@@ -63,6 +63,18 @@ def test_length_follows_what_was_right():
     assert max(later) > 0  # it is tried again some day
 
 
+def test_drafts_come_in_few_sizes():
+    """Calls of a size are quick once one was recorded, so 12 sizes would be slow for 12 times as long."""
+    drafter, text, seen = start(length=12), [1, 2, 3] * 5, set()
+    drafter.setup.wider = 0.1
+    for step in range(200):
+        drafts = drafter.propose([text], 40)[0]
+        seen.add(len(drafts))
+        accepted = len(drafts) if step // 20 % 2 else min(len(drafts), 1)
+        drafter.learn(Outcome(0, [0] * (accepted + 1), len(drafts), accepted + 1, given=True))
+    assert {2, 4, 12} <= seen <= {0, 1, 2, 4, 8, 12}
+
+
 def test_what_checking_costs_outside_blocks_counts():
     """A match that is right half of the time promises 1.5 tokens and more, of a call that costs twice as much nothing.
     """
